@@ -1,0 +1,136 @@
+// FlashAttention-Plus: exact attention on whatever hardware you have.
+//
+//   std::vector<float> q(B*S*H*D), k(B*S*H*D), v(B*S*H*D), out(B*S*H*D);
+//   flash_attn::forward({
+//       .q = view(q.data(), {B, S, H, D}), .k = view(k.data(), {B, S, H, D}), .v = view(v.data(), {B, S, H, D}),
+//       .out = view(out.data(), {B, S, H, D}),
+//       .scores = {.causal = true},
+//   });
+//
+// out = softmax(scale * q k^T + ...) v, one struct per call, designated initialisers, absent = default.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "flash_attn/error.hpp"
+#include "flash_attn/tensor.hpp"
+
+namespace flash_attn {
+
+/// Where the queries and keys of each sequence are. All absent: q, k, v are (batch, seqlen, nheads, headdim).
+/// Integer tensors are int32. A negative `max_seqlen_*` means: as long as it takes.
+struct Sequences {
+  Tensor cu_seqlens_q{};     // (batch+1): q is (total_q, nheads, headdim), sequence b has rows [cu[b], cu[b+1])
+  Tensor cu_seqlens_k{};     // (batch+1): the same for k and v
+  Tensor seqused_q{};        // (batch): only that many queries of each sequence; the other rows of out are 0
+  Tensor seqused_k{};        // (batch): only that many keys of each sequence (cache_seqlens of a KV cache)
+  Tensor leftpad_k{};        // (batch): keys [0, leftpad) of each sequence do not exist; positions count from leftpad
+  Tensor cache_batch_idx{};  // (batch): sequence b reads k, v of batch entry cache_batch_idx[b]
+  Tensor block_table{};      // (batch, max_blocks): k, v are pages (num_blocks, page_size, nheads_k, headdim)
+  int64_t max_seqlen_q = -1;
+  int64_t max_seqlen_k = -1;
+};
+
+/// s = scale * q.k -> softcap * tanh(s / softcap) -> + ALiBi -> + bias -> mask -> softmax (with sink) -> dropout.
+/// Masks align bottom-right: query i stands at key position p = i + seqlen_k - seqlen_q.
+struct Scores {
+  std::optional<double> softmax_scale{};  // default headdim^-1/2
+  bool causal = false;                    // sees keys <= p (a window_right > 0 is discarded)
+  int64_t window_left = -1;               // sees keys >= p - window_left; -1: no limit
+  int64_t window_right = -1;              // sees keys <= p + window_right; -1: no limit
+  int64_t attention_chunk = 0;            // sees keys of its own chunk of that many positions; 0: off
+  double softcap = 0.0;                   // 0: off
+  Tensor alibi_slopes{};                  // fp32 (nheads) or (batch, nheads): adds -slope * |p - j|
+  Tensor bias{};                          // (batch|1, nheads|1, seqlen_q|1, seqlen_k), added as it is; any floating dtype
+  Tensor sink{};                          // (nheads): one more logit in the denominator; any floating dtype
+};
+
+/// Entry (b, h, i, j) is dropped as a function of (seed, offset; b, h, i, j) alone, on every backend.
+struct Dropout {
+  double p = 0.0;
+  uint64_t seed = 0;
+  uint64_t offset = 0;
+};
+
+/// How to run, never what to compute.
+struct Run {
+  std::string backend{};             // empty: FLASH_ATTENTION_BACKEND, else the best that serves the call
+  bool positive_empty_lse = false;   // lse of a row that sees nothing: -inf, or +inf as in FlashAttention-2
+  bool deterministic = false;        // CPU backends always are
+};
+
+/// Shapes: fixed length (batch, seqlen, nheads, headdim), or packed (total, nheads, headdim) with cu_seqlens.
+/// nheads must be a multiple of nheads_k; v and out may have their own headdim_v. Strides are free.
+struct Forward {
+  Tensor q;      // (batch, seqlen_q, nheads, headdim) | (total_q, nheads, headdim)
+  Tensor k;      // (batch, seqlen_k, nheads_k, headdim) | (total_k, nheads_k, headdim) | pages
+  Tensor v;      // (batch, seqlen_k, nheads_k, headdim_v) | (total_k, nheads_k, headdim_v) | pages
+  Tensor out;    // (batch, seqlen_q, nheads, headdim_v) | (total_q, nheads, headdim_v): written whole
+  Tensor lse{};  // optional, fp32 (batch, nheads, seqlen_q) | (nheads, total_q): natural log, before dropout
+  Sequences sequences{};
+  Scores scores{};
+  Dropout dropout{};
+  Run run{};
+};
+
+/// Gradients of `out` (and of lse, where dlse is given). `out` and `lse` are the forward's results.
+struct Backward {
+  Tensor dout;      // as out
+  Tensor q, k, v;   // as in Forward (pages are not differentiable)
+  Tensor out, lse;  // as in Forward; lse is required
+  Tensor dq, dk, dv;  // as q, k, v: written whole
+  Tensor dlse{};    // optional, fp32, as lse
+  Tensor dbias{};   // optional, fp32, as scores.bias: written whole
+  Tensor dsink{};   // optional, fp32 (nheads): written whole
+  Sequences sequences{};
+  Scores scores{};
+  Dropout dropout{};
+  Run run{};
+};
+
+/// Computes attention. Throws Error, with nothing written, if the call is malformed or nobody serves it.
+void forward(const Forward& call);
+void backward(const Backward& call);
+
+/// What a call would do, without doing it: every backend's answer, the choice, its plan in words.
+struct Candidate {
+  std::string backend;
+  bool chosen = false;
+  std::string why_not;  // empty: it serves the call
+};
+struct Explanation {
+  std::string problem;
+  std::vector<Candidate> candidates;
+  std::string plan;  // of the chosen backend; empty if nobody serves the call
+};
+Explanation explain(const Forward& call);
+Explanation explain(const Backward& call);
+
+struct BackendInfo {
+  std::string name;
+  std::string description;
+  std::string unavailable;  // empty: usable on this machine
+};
+std::vector<BackendInfo> backends();
+
+/// The CPU backend's instruction set in use ("avx512", "avx2", "baseline", ...), and all that this machine can run.
+/// FLASH_ATTENTION_CPU_ISA overrides the choice.
+std::string cpu_isa();
+std::vector<std::string> cpu_isas();
+
+/// Threads of the CPU backends: affinity mask, cgroup quota, FLASH_ATTENTION_NUM_THREADS, OMP_NUM_THREADS decide
+/// the default. Results do not depend on their number. n <= 0 restores the default.
+int num_threads();
+void set_num_threads(int n);
+
+/// Runs task(i) for i in [0, n) on the host's own threads; must return after the last. An empty function restores ours.
+using ParallelFor = std::function<void(int64_t n, const std::function<void(int64_t)>& task)>;
+void set_parallel_for(ParallelFor host);
+
+const char* version();
+
+}  // namespace flash_attn

@@ -1,0 +1,121 @@
+// Problem: the one normalised description of an attention call that all backends read.
+//
+// Built and checked in one place (problem.cpp) from any entry point. After it exists nobody asks "is this varlen?":
+// it is operands (memory), sequences (who attends to whom), and the score pipeline (what a score is).
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <string>
+
+#include "core/mask.hpp"
+#include "flash_attn/flash_attn.hpp"
+
+namespace flash_attn {
+
+/// A tensor in the one layout (batch, row, head, col). Packed tensors have one batch entry; pages are batch entries.
+struct Operand {
+  char* data = nullptr;
+  DType dtype = DType::f32;
+  int64_t stride_batch = 0, stride_row = 0, stride_head = 0, stride_col = 0;  // in elements
+
+  bool present() const { return data != nullptr; }
+  /// Address of (batch, row, head, 0).
+  char* at(int64_t batch, int64_t row, int64_t head) const {
+    return data + (batch * stride_batch + row * stride_row + head * stride_head) * static_cast<int64_t>(size_of(dtype));
+  }
+};
+
+/// One batch entry: rows [q_row, q_row + seqlen_q) of q's batch entry q_batch attend to keys
+/// [k_row, k_row + seqlen_k) of k's batch entry k_batch, or, with pages, of the logical run that `pages` maps.
+struct Sequence {
+  int64_t q_batch, q_row, seqlen_q;
+  int64_t k_batch, k_row, seqlen_k;
+  const int32_t* pages;  // nullptr: strided. Else key t is row t % page_size of page pages[t / page_size], t from k_row
+
+  bool empty() const { return seqlen_q <= 0 || seqlen_k <= 0; }
+};
+
+/// All ways to say where sequences are. Read through at(b) only. The pointers live where q lives.
+struct SequenceTable {
+  int64_t batch = 0;
+  int64_t seqlen_q = 0, seqlen_k = 0;  // fixed length (also the capacity of a paged or fixed key source)
+  const int32_t *cu_seqlens_q = nullptr, *cu_seqlens_k = nullptr;
+  const int32_t *seqused_q = nullptr, *seqused_k = nullptr;
+  const int32_t *leftpad_k = nullptr, *cache_batch_idx = nullptr;
+  const int32_t* block_table = nullptr;
+  int64_t block_table_stride = 0, page_size = 0;
+
+  bool packed_q() const { return cu_seqlens_q != nullptr; }
+
+  Sequence at(int64_t b) const {
+    Sequence s{b, 0, seqlen_q, b, 0, seqlen_k, nullptr};
+    if (cu_seqlens_q) s = {0, cu_seqlens_q[b], cu_seqlens_q[b + 1] - cu_seqlens_q[b], s.k_batch, 0, s.seqlen_k, nullptr};
+    if (cu_seqlens_k) {
+      s.seqlen_k = int64_t{cu_seqlens_k[b + 1]} - cu_seqlens_k[b];
+      if (!block_table) s.k_batch = 0, s.k_row = cu_seqlens_k[b];  // with pages, cu_seqlens_k gives lengths only
+    }
+    if (cache_batch_idx) s.k_batch = cache_batch_idx[b];
+    if (seqused_q) s.seqlen_q = seqused_q[b];
+    if (seqused_k) s.seqlen_k = seqused_k[b];
+    if (leftpad_k) s.k_row += leftpad_k[b], s.seqlen_k -= leftpad_k[b];
+    if (s.seqlen_k < 0) s.seqlen_k = 0;
+    if (block_table) s.pages = block_table + b * block_table_stride;
+    return s;
+  }
+};
+
+/// The score pipeline, in its order. Gradients run through the same list backwards.
+struct ScorePipeline {
+  double scale = 1.0;
+  double softcap = 0.0;  // 0: off
+  const float* alibi = nullptr;
+  int64_t alibi_stride_batch = 0, alibi_stride_head = 0;
+  Operand bias{};  // indexed (b, i, h, j); broadcast dimensions have stride 0
+  int64_t bias_shape[4]{};  // (batch|1, nheads|1, rows|1, keys) of bias and dbias; no sequence is longer
+  Mask mask{};
+  Operand sink{};  // stride_head only
+  Dropout dropout{};
+
+  float alibi_slope(int64_t b, int64_t h) const { return alibi ? alibi[b * alibi_stride_batch + h * alibi_stride_head] : 0.0f; }
+};
+
+enum class Pass { forward, backward };
+
+struct Problem {
+  Pass pass = Pass::forward;
+  DType dtype = DType::f32;  // of q, k, v, out and of dout, dq, dk, dv
+  Device device{};
+
+  int64_t batch = 0;
+  int64_t nheads = 0, nheads_k = 0;  // nheads = group() * nheads_k; query head h reads key head h / group()
+  int64_t headdim = 0, headdim_v = 0;
+  int64_t max_seqlen_q = 0, max_seqlen_k = 0;  // exact on the CPU; bounds where the lengths live on a device
+  int64_t rows_q = 0, rows_k = 0;              // rows per batch entry of the memory: seqlen, total or page_size
+  int64_t batch_q = 0, batch_k = 0;            // batch entries of the memory: batch, 1 or num_blocks
+
+  Operand q, k, v, out;
+  Operand lse;                // fp32, (batch, row, head); stride_col unused; absent if not wanted
+  Operand dout, dq, dk, dv;   // backward only
+  Operand dlse, dbias, dsink; // backward only, optional
+
+  SequenceTable sequences;
+  ScorePipeline scores;
+  Run run;
+
+  int64_t group() const { return nheads_k ? nheads / nheads_k : 1; }
+  float empty_lse() const {
+    return run.positive_empty_lse ? std::numeric_limits<float>::infinity() : -std::numeric_limits<float>::infinity();
+  }
+};
+
+/// Checks everything about the call (shapes, dtypes, devices, ranges, overlaps) and returns its normal form.
+/// Throws Error naming the argument, what was expected and what came. Reads the integer tensors on the CPU only.
+Problem make_problem(const Forward& call);
+Problem make_problem(const Backward& call);
+
+/// One line for people: "forward bfloat16 batch 2, 16 heads (4 of keys), headdim 128, seqlen 4096 x 4096, causal".
+std::string describe(const Problem& problem);
+
+}  // namespace flash_attn
