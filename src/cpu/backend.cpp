@@ -1,0 +1,35 @@
+// The CPU backend as the core sees it.
+#include "core/backend.hpp"
+#include "cpu/driver.hpp"
+#include "cpu/isa.hpp"
+#include "cpu/plan.hpp"
+
+namespace flash_attn {
+namespace {
+
+class CpuBackend final : public Backend {
+ public:
+  std::string_view name() const override { return "cpu"; }
+  std::string_view description() const override { return "SIMD kernels for the CPU, threaded, bitwise reproducible"; }
+
+  std::string refuses(const Problem& p) const override {
+    if (!p.device.is_cpu()) return "device: serves CPU tensors only";
+    if (p.dtype == DType::f64) return "dtype: float64 is not served (float32, bfloat16 and float16 are)";
+    if (p.scores.bias.present()) return "bias: additive biases are not served";
+    if (p.scores.dropout.p > 0) return "dropout_p: dropout is not served";
+    if (p.scores.sink.present() && p.pass == Pass::backward) return "sink: its backward is not served";
+    return {};
+  }
+  std::string plan(const Problem& p) const override {
+    const cpu::Kernels& k = cpu::active_kernels();
+    return cpu::describe(cpu::make_plan(p, k), k);
+  }
+  void forward(const Problem& p) const override { cpu::forward(p); }
+  void backward(const Problem& p) const override { cpu::backward(p); }
+};
+
+}  // namespace
+
+std::unique_ptr<Backend> make_cpu_backend() { return std::make_unique<CpuBackend>(); }
+
+}  // namespace flash_attn

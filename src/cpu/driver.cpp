@@ -1,0 +1,86 @@
+#include "cpu/driver.hpp"
+
+#include <algorithm>
+#include <cstring>
+
+#include "core/half.hpp"
+
+namespace flash_attn::cpu {
+
+void key_rows(const Problem& p, const Operand& x, const Sequence& s, int64_t head, int64_t first, int64_t n,
+              const char** rows) {
+  const int64_t step = x.stride_row * static_cast<int64_t>(size_of(x.dtype));
+  for (int64_t done = 0; done < n;) {
+    const int64_t t = s.k_row + first + done;
+    int64_t run = n - done;
+    const char* row;
+    if (s.pages) {
+      const int64_t page_size = p.sequences.page_size;
+      run = std::min(run, page_size - t % page_size);
+      row = x.at(s.pages[t / page_size], t % page_size, head);
+    } else {
+      row = x.at(s.k_batch, t, head);
+    }
+    for (int64_t i = 0; i < run; ++i, row += step) rows[done + i] = row;
+    done += run;
+  }
+}
+
+double sink_logit(const ScorePipeline& s, int64_t head) {
+  const char* at = s.sink.at(0, 0, head);
+  switch (s.sink.dtype) {
+    case DType::f16: return f16_to_float(*reinterpret_cast<const uint16_t*>(at));
+    case DType::bf16: return bf16_to_float(*reinterpret_cast<const uint16_t*>(at));
+    case DType::f64: return *reinterpret_cast<const double*>(at);
+    default: return *reinterpret_cast<const float*>(at);
+  }
+}
+
+/// batches x rows x heads rows of `cols` elements, all bits zero.
+static void clear(const Operand& x, int64_t batches, int64_t rows, int64_t heads, int64_t cols) {
+  const auto size = static_cast<int64_t>(size_of(x.dtype));
+  for (int64_t b = 0; b < batches; ++b)
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t h = 0; h < heads; ++h) {
+        char* to = x.at(b, r, h);
+        if (x.stride_col == 1) std::memset(to, 0, static_cast<std::size_t>(cols * size));
+        else
+          for (int64_t c = 0; c < cols; ++c) std::memset(to + c * x.stride_col * size, 0, static_cast<std::size_t>(size));
+      }
+}
+
+static void clear_forward(const Problem& p) {
+  clear(p.out, p.batch_q, p.rows_q, p.nheads, p.headdim_v);
+  if (!p.lse.present()) return;
+  for (int64_t b = 0; b < p.batch_q; ++b)
+    for (int64_t r = 0; r < p.rows_q; ++r)
+      for (int64_t h = 0; h < p.nheads; ++h) *reinterpret_cast<float*>(p.lse.at(b, r, h)) = p.empty_lse();
+  if (!p.scores.sink.present()) return;
+  for (int64_t b = 0; b < p.batch; ++b) {  // queries without keys still have the sink
+    const Sequence s = p.sequences.at(b);
+    for (int64_t i = 0; i < s.seqlen_q; ++i)
+      for (int64_t h = 0; h < p.nheads; ++h)
+        *reinterpret_cast<float*>(p.lse.at(s.q_batch, s.q_row + i, h)) = static_cast<float>(sink_logit(p.scores, h));
+  }
+}
+
+void clear_if_uncovered(const Problem& p) {
+  int64_t covered_q = 0, covered_k = 0;
+  for (int64_t b = 0; b < p.batch; ++b) {
+    const Sequence s = p.sequences.at(b);
+    if (s.empty()) continue;
+    covered_q += s.seqlen_q;
+    covered_k += s.seqlen_k;
+  }
+  const bool all_q = covered_q == p.batch_q * p.rows_q, all_k = covered_k == p.batch_k * p.rows_k;
+  if (p.pass == Pass::forward) {
+    if (!all_q) clear_forward(p);
+    return;
+  }
+  if (!all_q) clear(p.dq, p.batch_q, p.rows_q, p.nheads, p.headdim);
+  if (all_k) return;
+  clear(p.dk, p.batch_k, p.rows_k, p.nheads_k, p.headdim);
+  clear(p.dv, p.batch_k, p.rows_k, p.nheads_k, p.headdim_v);
+}
+
+}  // namespace flash_attn::cpu

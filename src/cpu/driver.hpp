@@ -1,0 +1,36 @@
+// What the drivers of both passes share: finding rows, packing heads, the score pipeline in kernel units.
+#pragma once
+
+#include <cstdint>
+
+#include "core/problem.hpp"
+#include "cpu/kernels.hpp"
+
+namespace flash_attn::cpu {
+
+inline constexpr double kLog2e = 1.4426950408889634;
+inline constexpr double kLn2 = 0.6931471805599453;
+
+inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+/// Addresses of keys [first, first + n) of head `head` of one sequence; a page is looked up once, not once per key.
+void key_rows(const Problem& p, const Operand& x, const Sequence& s, int64_t head, int64_t first, int64_t n,
+              const char** rows);
+
+/// The factor that q carries, and the kernels' softcap: s = q . k is scale * log2(e) * logit, or logit / softcap.
+inline float q_factor(const ScorePipeline& s) {
+  return static_cast<float>(s.softcap > 0 ? s.scale / s.softcap : s.scale * kLog2e);
+}
+inline float softcap_log2(const ScorePipeline& s) { return static_cast<float>(s.softcap * kLog2e); }
+
+/// The sink of a head as a logit (natural log units).
+double sink_logit(const ScorePipeline& s, int64_t head);
+
+/// Rows that no task writes (they belong to no sequence, or theirs has no queries or no keys): before the tasks, the
+/// outputs are cleared as a whole if there are any. out, dq, dk, dv: 0; lse: what a row that sees nothing has.
+void clear_if_uncovered(const Problem& p);
+
+void forward(const Problem& problem);
+void backward(const Problem& problem);
+
+}  // namespace flash_attn::cpu

@@ -1,0 +1,121 @@
+// The register tile: C[MR][NR vectors] (+)= A[MR][K] . B[K][NR vectors], the only place where FLOPs happen.
+//
+// Per step of K: NR loads of B, MR broadcasts of A, MR * NR FMAs. Loads per FMA = 1 / MR + 1 / NR must stay below the
+// machine's loads per FMA (1 on AVX-512 and AVX2 cores of today, with margin 0.5), accumulators above latency * ports
+// (4 * 2), and MR * NR + NR + 1 within the registers:
+//
+//   registers  NR  MR   loads/FMA  accumulators
+//          32   4   6       0.42            24
+//          32   3   8       0.46            24
+//          32   2  12       0.58            24     (columns left over)
+//          16   2   6       0.67            12
+//
+// A is broadcast from memory with any two strides: row-major (scores, out, dq) and column-major (dk, dv) alike.
+
+namespace flash_attn::cpu::FLASH_ATTN_ISA {
+
+#if FLASH_ATTN_WIDTH == 16 || defined(__aarch64__)
+inline constexpr int kRegisters = 32;
+#else
+inline constexpr int kRegisters = 16;
+#endif
+inline constexpr int kPanelVectors = kRegisters == 32 ? 4 : 2;  // NR of a full panel or strip
+inline constexpr int kPanel = kPanelVectors * W;
+
+constexpr int full_rows(int nr) {
+  return kRegisters == 32 ? (nr == 4 ? 6 : nr == 3 ? 8 : 12) : (nr == 2 ? 6 : 12);
+}
+
+/// A: element (r, k) at a[r * row_stride + k * k_stride].  B: row k at b + k * ldb.  C: row r at c + r * ldc.
+struct Gemm {
+  const float* a;
+  int64_t a_row, a_k;
+  const float* b;
+  int64_t ldb;
+  float* c;
+  int64_t ldc;
+  int64_t k;
+};
+
+/// What happens to C: written, added to, or first scaled per row (an online softmax's old sum) and then added to.
+enum class Into { store, add, scale_add };
+
+template <int MR, int NR, Into kInto>
+FLASH_ATTN_INLINE void tile(const Gemm& g, const float* row_scale) {
+  vf acc[MR][NR];
+#pragma GCC unroll 12
+  for (int r = 0; r < MR; ++r)
+#pragma GCC unroll 4
+    for (int n = 0; n < NR; ++n) {
+      if constexpr (kInto == Into::store) acc[r][n] = vf{};
+      if constexpr (kInto == Into::add) acc[r][n] = load(g.c + r * g.ldc + n * W);
+      if constexpr (kInto == Into::scale_add) acc[r][n] = load(g.c + r * g.ldc + n * W) * row_scale[r];
+    }
+  const float *a = g.a, *b = g.b;
+  for (int64_t k = 0; k < g.k; ++k, a += g.a_k, b += g.ldb) {
+    vf bv[NR];
+#pragma GCC unroll 4
+    for (int n = 0; n < NR; ++n) bv[n] = load(b + n * W);
+#pragma GCC unroll 12
+    for (int r = 0; r < MR; ++r) {
+      const vf av = all(a[r * g.a_row]);
+#pragma GCC unroll 4
+      for (int n = 0; n < NR; ++n) acc[r][n] += av * bv[n];
+    }
+  }
+#pragma GCC unroll 12
+  for (int r = 0; r < MR; ++r)
+#pragma GCC unroll 4
+    for (int n = 0; n < NR; ++n) store(g.c + r * g.ldc + n * W, acc[r][n]);
+}
+
+/// `rows` rows of a tile NR vectors wide: full tiles, then 4, 2 and 1 rows.
+template <int NR, Into kInto>
+FLASH_ATTN_INLINE void tile_rows(Gemm g, int64_t rows, const float* row_scale) {
+  const auto advance = [&](int64_t n) {
+    g.a += n * g.a_row, g.c += n * g.ldc, row_scale += kInto == Into::scale_add ? n : 0, rows -= n;
+  };
+  constexpr int MR = full_rows(NR);
+  while (rows >= MR) tile<MR, NR, kInto>(g, row_scale), advance(MR);
+  while (rows >= 4) tile<4, NR, kInto>(g, row_scale), advance(4);
+  if (rows >= 2) tile<2, NR, kInto>(g, row_scale), advance(2);
+  if (rows >= 1) tile<1, NR, kInto>(g, row_scale);
+}
+
+/// The same for 1 <= vectors <= kPanelVectors.
+template <Into kInto>
+__attribute__((noinline)) void tile_rows(int64_t vectors, const Gemm& g, int64_t rows, const float* row_scale) {
+  switch (vectors) {
+    case 1: return tile_rows<1, kInto>(g, rows, row_scale);
+    case 2: return tile_rows<2, kInto>(g, rows, row_scale);
+#if FLASH_ATTN_WIDTH == 16 || defined(__aarch64__)
+    case 3: return tile_rows<3, kInto>(g, rows, row_scale);
+    case 4: return tile_rows<4, kInto>(g, rows, row_scale);
+#endif
+  }
+}
+
+/// C (rows, cols) (+)= A (rows, k) . strips of (rows_pad, cols), using rows [first, first + g.k) of the strips.
+template <Into kInto>
+FLASH_ATTN_INLINE void multiply_strips(Gemm g, int64_t rows, const float* strips, int64_t rows_pad, int64_t first,
+                                       int64_t cols, const float* row_scale) {
+  for (int64_t c = 0; c < cols; c += kPanel) {
+    const int64_t vectors = (cols - c >= kPanel ? kPanel : cols - c + W - 1) / W;
+    Gemm part = g;
+    part.ldb = vectors * W;
+    part.b = strips + c * rows_pad + first * part.ldb;
+    part.c = g.c + c;
+    tile_rows<kInto>(vectors, part, rows, row_scale);
+  }
+}
+
+/// C (rows, keys [first, last)) = A (rows, depth) . panels^T; `first` is a panel's start, `last` is cut to vectors.
+FLASH_ATTN_INLINE void multiply_panels(Gemm g, int64_t rows, const float* panels, int64_t first, int64_t last) {
+  g.ldb = kPanel;
+  for (int64_t j = first; j < last; j += kPanel, g.c += kPanel) {
+    g.b = panels + j * g.k;
+    tile_rows<Into::store>((last - j >= kPanel ? kPanel : last - j + W - 1) / W, g, rows, nullptr);
+  }
+}
+
+}  // namespace flash_attn::cpu::FLASH_ATTN_ISA

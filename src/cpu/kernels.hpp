@@ -1,0 +1,68 @@
+// The seam between meaning and arithmetic.
+//
+// Drivers (forward.cpp, backward.cpp) are compiled once, for any processor, and do all the thinking: which rows, which
+// keys, where they lie. Kernels (kernel/*.hpp) are compiled once per instruction set and see plain numbers only. The
+// structs here have no functions, so that no inline code is shared across instruction sets (it would leak: the linker
+// keeps one copy).
+#pragma once
+
+#include <cstdint>
+
+#include "flash_attn/tensor.hpp"
+
+namespace flash_attn::cpu {
+
+/// Rows of one tensor, each found by its address: strided memory, pages and head groups all look like this.
+struct RowList {
+  const char* const* row;  // (rows); nullptr: a row of zeros
+  int64_t rows;
+  int64_t cols;
+  int64_t stride_col;  // in elements
+  DType dtype;         // f16, bf16 or f32
+};
+
+/// Packed fp32 copies of one head's keys or values (or, in the backward, of any rows x cols matrix).
+///
+///   panels: [rows / P][cols][P]      P rows side by side, transposed: B operand of  X . rows^T
+///   strips: [cols / P][rows_pad][P]  P columns side by side:          B operand of  X . rows   (the last one narrower)
+///
+/// P = Kernels::panel. Rows are padded with zeros to a multiple of P, columns of strips to a multiple of the width.
+/// One task of the forward: `rows` queries of one key head against its packed keys [0, keys).
+///   s = q . k  (q carries scale * log2(e), or scale / softcap)  ->  softcap, ALiBi  ->  mask  ->  p = 2^(s - m)
+struct AttendTask {
+  int64_t rows, headdim, headdim_v;
+  const float* q;            // (rows, headdim)
+  const float* k_panels;     // panels of (keys, headdim)
+  const float* v_strips;     // strips of (keys, headdim_v)
+  int64_t keys;              // padded
+  const uint8_t* v_special;  // (keys / panel): 1 if the panel's values have an inf or a NaN
+  const int64_t *lo, *hi;    // (rows): visible keys
+  float softcap_log2;        // softcap * log2(e); 0: off
+  const float* slope_log2;   // (rows): ALiBi slope * log2(e); nullptr: off
+  const int64_t* position;   // (rows): the key position that the row stands at
+  float* o;                  // (rows, headdim_v padded to the width): sum of p . v
+  float* m;                  // (rows): max of s, in log2 units
+  float* l;                  // (rows, width): sum of p, by lanes
+  float* scratch;            // attend_scratch floats
+};
+
+struct Kernels {
+  const char* name;
+  int64_t width;   // floats in a vector
+  int64_t panel;   // P
+  int64_t group;   // rows of a score tile
+  int64_t block;   // keys of a score tile
+  int64_t attend_scratch;  // floats
+
+  /// One panel (P rows, fewer at the end) -> panels[p]. Returns whether it has an inf or a NaN.
+  bool (*pack_panel)(const RowList& rows, float* panel);
+  /// Up to P rows -> rows [first, first + n) of strips with rows_pad rows. Returns the same.
+  bool (*pack_strips)(const RowList& rows, float* strips, int64_t rows_pad, int64_t first);
+  /// dst (rows, ld) = factor * rows, in fp32.
+  void (*load_rows)(const RowList& rows, float factor, float* dst, int64_t ld);
+  /// row[r][c] = factor[r] * src[r][c], rounded once to dtype. The rows of the list are written.
+  void (*store_rows)(const RowList& rows, const float* factor, const float* src, int64_t ld);
+  void (*attend)(const AttendTask& task);
+};
+
+}  // namespace flash_attn::cpu

@@ -1,0 +1,178 @@
+// A thin vector of W floats over GNU vector extensions. Included once per instruction set, inside its namespace:
+// src/cpu/isa/<isa>.cpp defines FLASH_ATTN_ISA and FLASH_ATTN_WIDTH, then includes the kernels.
+//
+// Operators (+ - * / < ? :) are the compiler's own. Only what it cannot express well has an intrinsic below.
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#define FLASH_ATTN_INLINE inline __attribute__((always_inline))
+
+namespace flash_attn::cpu::FLASH_ATTN_ISA {
+
+inline constexpr int W = FLASH_ATTN_WIDTH;
+
+using vf = float __attribute__((vector_size(4 * W)));
+using vi = int32_t __attribute__((vector_size(4 * W)));
+using vh = uint16_t __attribute__((vector_size(2 * W)));  // W 16-bit floats
+
+FLASH_ATTN_INLINE vf load(const float* p) {
+  vf x;
+  std::memcpy(&x, p, sizeof x);
+  return x;
+}
+FLASH_ATTN_INLINE void store(float* p, vf x) { std::memcpy(p, &x, sizeof x); }
+FLASH_ATTN_INLINE vf all(float x) { return x - vf{}; }
+FLASH_ATTN_INLINE vi as_int(vf x) { return reinterpret_cast<vi>(x); }
+FLASH_ATTN_INLINE vf as_float(vi x) { return reinterpret_cast<vf>(x); }
+FLASH_ATTN_INLINE vf iota() {
+  vf x{};
+  for (int i = 0; i < W; ++i) x[i] = static_cast<float>(i);
+  return x;
+}
+/// a > b ? a : b, so a NaN in b survives and one in a is lost (the semantics of MAXPS).
+FLASH_ATTN_INLINE vf max(vf a, vf b) { return a > b ? a : b; }
+FLASH_ATTN_INLINE vf abs(vf x) { return as_float(as_int(x) & 0x7fffffff); }
+
+FLASH_ATTN_INLINE float sum_lanes(vf x) {
+  float lanes[W];
+  store(lanes, x);
+  for (int n = W / 2; n > 0; n /= 2)
+    for (int i = 0; i < n; ++i) lanes[i] += lanes[i + n];
+  return lanes[0];
+}
+
+#if FLASH_ATTN_WIDTH == 16
+FLASH_ATTN_INLINE float max_lanes(vf x) { return _mm512_reduce_max_ps(x); }
+FLASH_ATTN_INLINE vf round(vf x) { return _mm512_roundscale_ps(x, 8); }
+/// x * 2^n for n in [-126, 0]; 0 where t < -126 (whatever x is there), so that no denormal is ever made.
+FLASH_ATTN_INLINE vf scale_by_exponent(vf x, vf n, vf t) {
+  return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(t, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ), x, n);
+}
+#else
+FLASH_ATTN_INLINE float max_lanes(vf x) {
+  float lanes[W];
+  store(lanes, x);
+  float m = lanes[0];
+  for (int i = 1; i < W; ++i) m = lanes[i] > m ? lanes[i] : m;
+  return m;
+}
+/// To nearest, |x| < 2^22: adding 1.5 * 2^23 leaves no bits below one.
+FLASH_ATTN_INLINE vf round(vf x) { return (x + 12582912.0f) - 12582912.0f; }
+FLASH_ATTN_INLINE vf scale_by_exponent(vf x, vf n, vf t) {
+  const vf scaled = as_float(as_int(x) + (__builtin_convertvector(n, vi) << 23));
+  const vf nan_or_scaled = t == t ? scaled : t;
+  return t < all(-126.0f) ? vf{} : nan_or_scaled;
+}
+#endif
+
+/// 2^t, t <= 127. Relative error 1.1e-7 (degree-5 minimax on [-1/2, 1/2]); 0 below 2^-126; NaN stays NaN.
+FLASH_ATTN_INLINE vf exp2(vf t) {
+  const vf n = round(t);
+  const vf f = t - n;
+  vf p = all(0x1.5bba14p-10f);
+  p = p * f + 0x1.3cea88p-7f;
+  p = p * f + 0x1.c6b752p-5f;
+  p = p * f + 0x1.ebf9bcp-3f;
+  p = p * f + 0x1.62e42ap-1f;
+  p = p * f + 1.0f;
+  return scale_by_exponent(p, n, t);
+}
+
+/// tanh x. Near 0 an odd polynomial (minimax on |x| < 0.625, relative 4e-9), elsewhere (1 - e^-2x) / (1 + e^-2x).
+FLASH_ATTN_INLINE vf tanh(vf x) {
+  const vf a = abs(x);
+  const vf z = a * a;
+  vf p = all(-0.005704984068870544f);
+  p = p * z + 0.0206390842795372f;
+  p = p * z - 0.05373971536755562f;
+  p = p * z + 0.13331441581249237f;
+  p = p * z - 0.3333328068256378f;
+  const vf near_zero = x + x * z * p;
+  const vf clamped = a > all(10.0f) ? all(10.0f) : a;  // tanh(10) is 1 in fp32; a NaN stays
+  const vf e = exp2(clamped * -2.88539008177793f);      // e^(-2a), in (0, 1]
+  const vf far = (1.0f - e) / (1.0f + e);
+  const vf signed_far = as_float(as_int(far) | (as_int(x) & static_cast<int32_t>(0x80000000)));
+  return a < all(0.625f) ? near_zero : signed_far;
+}
+
+// ---- 16-bit floats ---------------------------------------------------------------------------------------------
+
+FLASH_ATTN_INLINE vh load_half(const void* p) {
+  vh x;
+  std::memcpy(&x, p, sizeof x);
+  return x;
+}
+FLASH_ATTN_INLINE void store_half(void* p, vh x) { std::memcpy(p, &x, sizeof x); }
+
+FLASH_ATTN_INLINE vf from_bf16(vh x) { return as_float(__builtin_convertvector(x, vi) << 16); }
+
+/// Round to nearest even; a NaN keeps its sign and becomes quiet.
+FLASH_ATTN_INLINE vh to_bf16(vf x) {
+  const vi b = as_int(x);
+  const vi rounded = b + 0x7fff + ((b >> 16) & 1);
+  const vi bits = x == x ? rounded : (b | 0x400000);
+  return __builtin_convertvector(bits >> 16, vh);
+}
+
+#if defined(__F16C__)
+#if FLASH_ATTN_WIDTH == 16
+FLASH_ATTN_INLINE vf from_f16(vh x) { return _mm512_cvtph_ps(reinterpret_cast<__m256i>(x)); }
+FLASH_ATTN_INLINE vh to_f16(vf x) { return reinterpret_cast<vh>(_mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT)); }
+#else
+FLASH_ATTN_INLINE vf from_f16(vh x) { return _mm256_cvtph_ps(reinterpret_cast<__m128i>(x)); }
+FLASH_ATTN_INLINE vh to_f16(vf x) { return reinterpret_cast<vh>(_mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT)); }
+#endif
+#else
+/// Shift the 15 magnitude bits under fp32's exponent and rebias by multiplying with 2^112: exact, subnormals included.
+FLASH_ATTN_INLINE vf from_f16(vh x) {
+  const vi h = __builtin_convertvector(x, vi);
+  const vi magnitude = h & 0x7fff;
+  const vf finite = as_float(magnitude << 13) * 0x1p112f;
+  const vf special = as_float((magnitude << 13) | 0x7f800000);
+  const vf value = magnitude >= 0x7c00 ? special : finite;
+  return as_float(as_int(value) | ((h & 0x8000) << 16));
+}
+/// Normal results round in integers; subnormal ones by adding 1/2, whose last place is 2^-24, fp16's smallest step.
+FLASH_ATTN_INLINE vh to_f16(vf x) {
+  const vi sign = (as_int(x) >> 16) & 0x8000;
+  const vi b = as_int(abs(x));
+  const vi normal = (b - 0x38000000 + 0xfff + ((b >> 13) & 1)) >> 13;
+  const vi subnormal = as_int(abs(x) + 0.5f) - 0x3f000000;
+  vi r = b < 0x38800000 ? subnormal : normal;
+  r = b >= 0x477ff000 ? (vi{} + 0x7c00) : r;
+  r = b > 0x7f800000 ? (vi{} + 0x7e00) : r;
+  return __builtin_convertvector(r | sign, vh);
+}
+#endif
+
+/// cols values of a row of `dtype` to fp32 and back; the last vector is cut, never read or written past the row.
+FLASH_ATTN_INLINE vf load_as_float(const char* p, DType dtype, int64_t stride, int64_t n) {
+  const int64_t size = dtype == DType::f32 ? 4 : 2;
+  alignas(64) char buffer[4 * W] = {};
+  if (n < W || stride != 1) {
+    if (n > W) n = W;
+    for (int64_t i = 0; i < n; ++i) std::memcpy(buffer + i * size, p + i * stride * size, static_cast<size_t>(size));
+    p = buffer;
+  }
+  if (dtype == DType::f32) return load(reinterpret_cast<const float*>(p));
+  return dtype == DType::bf16 ? from_bf16(load_half(p)) : from_f16(load_half(p));
+}
+
+FLASH_ATTN_INLINE void store_from_float(char* p, vf x, DType dtype, int64_t stride, int64_t n) {
+  const int64_t size = dtype == DType::f32 ? 4 : 2;
+  alignas(64) char buffer[4 * W];
+  const bool whole = n >= W && stride == 1;
+  char* to = whole ? p : buffer;
+  if (dtype == DType::f32) store(reinterpret_cast<float*>(to), x);
+  else store_half(to, dtype == DType::bf16 ? to_bf16(x) : to_f16(x));
+  if (whole) return;
+  if (n > W) n = W;
+  for (int64_t i = 0; i < n; ++i) std::memcpy(p + i * stride * size, buffer + i * size, static_cast<size_t>(size));
+}
+
+}  // namespace flash_attn::cpu::FLASH_ATTN_ISA

@@ -1,0 +1,217 @@
+// The pool: num_threads() - 1 workers that sleep on a condition variable, after a short spin for the next job. A job is
+// a ticket counter; whoever is free takes the next ticket, so uneven tasks balance. One job at a time: a second caller
+// (another Python thread, say) runs its tasks itself, inline, rather than wait. After fork() the child has no workers;
+// they are made anew at its first job.
+#include "cpu/threads.hpp"
+
+#include <pthread.h>
+#include <sched.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <cstdlib>
+#include <exception>
+#include <fstream>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "flash_attn/flash_attn.hpp"
+
+namespace flash_attn {
+namespace cpu {
+namespace {
+
+int positive_env(const char* name) {
+  const char* text = std::getenv(name);
+  const int n = text ? std::atoi(text) : 0;
+  return n > 0 ? n : 0;
+}
+
+/// CPUs that the control group pays for, or 0: cgroup v2 "quota period" in cpu.max, v1 in two files.
+int cgroup_cpus() {
+  double quota = 0, period = 0;
+  std::string text;
+  if (std::ifstream v2("/sys/fs/cgroup/cpu.max"); v2 >> text >> period) quota = text == "max" ? 0 : std::atof(text.c_str());
+  else if (std::ifstream q("/sys/fs/cgroup/cpu/cpu.cfs_quota_us"), p("/sys/fs/cgroup/cpu/cpu.cfs_period_us"); q && p)
+    q >> quota, p >> period;
+  return quota > 0 && period > 0 ? std::max(1, static_cast<int>(quota / period + 0.5)) : 0;
+}
+
+int default_threads() {
+  if (const int n = positive_env("FLASH_ATTENTION_NUM_THREADS")) return n;
+  int n = static_cast<int>(std::thread::hardware_concurrency());
+  cpu_set_t set;
+  if (sched_getaffinity(0, sizeof set, &set) == 0) n = CPU_COUNT(&set);
+  if (const int quota = cgroup_cpus()) n = std::min(n, quota);
+  if (const int omp = positive_env("OMP_NUM_THREADS")) n = std::min(n, omp);
+  return std::max(1, n);
+}
+
+struct Job {
+  const std::function<void(int64_t, int)>* task = nullptr;
+  int64_t n = 0;
+  alignas(128) std::atomic<int64_t> ticket{0};
+  alignas(128) std::atomic<bool> failed{false};
+  std::exception_ptr error;
+
+  void work(int worker) {
+    for (int64_t i; !failed.load(std::memory_order_relaxed) && (i = ticket.fetch_add(1, std::memory_order_relaxed)) < n;) {
+      try {
+        (*task)(i, worker);
+      } catch (...) {
+        if (!failed.exchange(true)) error = std::current_exception();
+      }
+    }
+  }
+};
+
+class Pool {
+ public:
+  explicit Pool(int threads) : pid_(getpid()) {
+    for (int w = 1; w < threads; ++w) workers_.emplace_back([this, w] { live(w); });
+  }
+  ~Pool() {
+    if (getpid() != pid_) {  // a child has no workers to join
+      for (auto& t : workers_) t.detach();
+      return;
+    }
+    {
+      std::lock_guard lock(mutex_);
+      stop_ = true;
+      generation_.fetch_add(1);
+    }
+    wake_.notify_all();
+    for (auto& t : workers_) t.join();
+  }
+  int threads() const { return static_cast<int>(workers_.size()) + 1; }
+  bool of_this_process() const { return getpid() == pid_; }
+
+  void run(Job& job) {
+    {
+      std::lock_guard lock(mutex_);
+      job_ = &job;
+      generation_.fetch_add(1);
+    }
+    wake_.notify_all();
+    job.work(0);
+    {
+      std::lock_guard lock(mutex_);
+      job_ = nullptr;  // whoever wakes from here on is too late, and is not waited for
+    }
+    while (busy_.load(std::memory_order_acquire) != 0) pause();
+  }
+
+ private:
+  static void pause() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#else
+    std::this_thread::yield();
+#endif
+  }
+
+  void live(int worker) {
+    uint64_t seen = 0;
+    for (;;) {
+      for (int spin = 0; spin < 2000 && generation_.load(std::memory_order_acquire) == seen; ++spin) pause();
+      Job* job;
+      {
+        std::unique_lock lock(mutex_);
+        wake_.wait(lock, [&] { return generation_.load() != seen; });
+        seen = generation_.load();
+        if (stop_) return;
+        job = job_;
+        if (!job) continue;
+        busy_.fetch_add(1, std::memory_order_relaxed);
+      }
+      job->work(worker);
+      busy_.fetch_sub(1, std::memory_order_release);
+    }
+  }
+
+  const pid_t pid_;
+  std::vector<std::thread> workers_;
+  std::mutex mutex_;
+  std::condition_variable wake_;
+  Job* job_ = nullptr;
+  bool stop_ = false;
+  std::atomic<uint64_t> generation_{0};
+  std::atomic<int> busy_{0};
+};
+
+struct State {
+  std::mutex mutex;  // held by the one caller whose job runs
+  std::unique_ptr<Pool> pool;
+  std::atomic<int> threads{0};  // 0: not decided yet
+  std::shared_ptr<const ParallelFor> host;
+};
+
+/// Never destroyed: workers may outlive static destructors. A forked child starts with a fresh one.
+std::atomic<State*> g_state{nullptr};
+
+State& state() {
+  State* s = g_state.load(std::memory_order_acquire);
+  if (s) return *s;
+  auto* fresh = new State;
+  if (!g_state.compare_exchange_strong(s, fresh)) {
+    delete fresh;
+    return *s;
+  }
+  pthread_atfork(nullptr, nullptr, [] {
+    State* parent = g_state.load();
+    auto* child = new State;  // the parent's mutex may be held by a thread that does not exist here: left behind
+    child->threads.store(parent->threads.load());
+    child->host = std::atomic_load(&parent->host);
+    g_state.store(child);
+  });
+  return *fresh;
+}
+
+}  // namespace
+
+int max_workers() {
+  State& s = state();
+  int n = s.threads.load();
+  if (n == 0) {
+    s.threads.compare_exchange_strong(n, default_threads());
+    n = s.threads.load();
+  }
+  return n;
+}
+
+void parallel_for(int64_t n, int threads, const std::function<void(int64_t, int)>& task) {
+  State& s = state();
+  std::unique_lock lock(s.mutex, std::defer_lock);
+  if (n <= 1 || threads == 1 || !lock.try_lock()) {
+    for (int64_t i = 0; i < n; ++i) task(i, 0);
+    return;
+  }
+  Job job;
+  job.task = &task;
+  job.n = n;
+  if (const auto host = std::atomic_load(&s.host)) {
+    (*host)(std::min<int64_t>(n, threads), [&](int64_t worker) { job.work(static_cast<int>(worker)); });
+  } else {
+    if (!s.pool || s.pool->threads() != threads) s.pool.reset(), s.pool = std::make_unique<Pool>(threads);
+    s.pool->run(job);
+  }
+  if (job.error) std::rethrow_exception(job.error);
+}
+
+}  // namespace cpu
+
+int num_threads() { return cpu::max_workers(); }
+
+void set_num_threads(int n) { cpu::state().threads.store(n > 0 ? n : cpu::default_threads()); }
+
+void set_parallel_for(ParallelFor host) {
+  std::atomic_store(&cpu::state().host,
+                    host ? std::make_shared<const ParallelFor>(std::move(host)) : std::shared_ptr<const ParallelFor>());
+}
+
+}  // namespace flash_attn

@@ -1,0 +1,15 @@
+// parallel_for over a small pool of our own (a second OpenMP runtime beside torch's is a known trap).
+#pragma once
+
+#include <cstdint>
+#include <functional>
+
+namespace flash_attn::cpu {
+
+/// Runs task(i, worker) for i in [0, n), in rising order of starting, worker in [0, workers). No worker runs two at
+/// once. Returns after the last; the first exception is rethrown. One task, or one worker: inline, nothing is woken.
+void parallel_for(int64_t n, int workers, const std::function<void(int64_t i, int worker)>& task);
+/// The number of workers to ask for.
+int max_workers();
+
+}  // namespace flash_attn::cpu
