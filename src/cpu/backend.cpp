@@ -17,11 +17,12 @@ class CpuBackend final : public Backend {
     if (p.dtype == DType::f64) return "dtype: float64 is not served (float32, bfloat16 and float16 are)";
     if (p.scores.bias.present()) return "bias: additive biases are not served";
     if (p.scores.dropout.p > 0) return "dropout_p: dropout is not served";
-    if (p.scores.sink.present() && p.pass == Pass::backward) return "sink: its backward is not served";
+    if (p.pass == Pass::backward && p.sequences.cache_batch_idx) return "cache_batch_idx: its backward is not served";
     return {};
   }
   std::string plan(const Problem& p) const override {
     const cpu::Kernels& k = cpu::active_kernels();
+    if (p.pass == Pass::backward) return cpu::describe(cpu::make_backward_plan(p, k), k);
     return cpu::describe(cpu::make_plan(p, k), k);
   }
   void forward(const Problem& p) const override { cpu::forward(p); }

@@ -1,5 +1,227 @@
+// Backward: one task per (sequence, key head, split of its keys). A task owns the dk and dv of its keys; it goes through
+// the query heads of the group one after the other, so nothing is shared while it runs.
+//
+// dq gets a contribution from every split. One split: the task writes dq itself. Several: each fills a partial of its
+// own, and they are summed in the order of the splits. Either way the sums have one order, whatever the threads.
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "cpu/arena.hpp"
 #include "cpu/driver.hpp"
-#include "flash_attn/error.hpp"
+#include "cpu/isa.hpp"
+#include "cpu/plan.hpp"
+#include "cpu/threads.hpp"
+
 namespace flash_attn::cpu {
-void backward(const Problem&) { throw Error(ErrorCode::not_supported, "backward"); }
+namespace {
+
+constexpr int64_t kRun = 64;  // rows found and moved at a time
+
+/// Scratch of one worker: one split of keys, and all queries of one head.
+struct Scratch {
+  float *k_panels, *v_panels, *k_strips, *dk, *dv;
+  float *q, *dout, *dq, *base, *delta, *slope, *tiles;
+  int64_t *lo, *hi, *position;
+  uint8_t *k_special, *row_special;
+
+  Scratch(Arena& a, const Problem& p, const BackwardPlan& plan, const Kernels& k) {
+    const int64_t keys = plan.keys_per_split, rows = p.max_seqlen_q;
+    const int64_t d = round_up(p.headdim, k.width), dv_cols = round_up(p.headdim_v, k.width);
+    k_panels = a.take<float>(keys * p.headdim), v_panels = a.take<float>(keys * p.headdim_v);
+    k_strips = a.take<float>(keys * d), dk = a.take<float>(keys * d), dv = a.take<float>(keys * dv_cols);
+    q = a.take<float>(rows * d), dout = a.take<float>(rows * dv_cols), dq = a.take<float>(rows * d);
+    base = a.take<float>(rows), delta = a.take<float>(rows), slope = a.take<float>(rows);
+    tiles = a.take<float>(k.backward_scratch);
+    lo = a.take<int64_t>(rows), hi = a.take<int64_t>(rows), position = a.take<int64_t>(rows);
+    k_special = a.take<uint8_t>(keys / k.panel), row_special = a.take<uint8_t>(rows / k.backward_group + 1);
+  }
+};
+
+void pack_keys(const Problem& p, const Kernels& k, const Sequence& seq, int64_t hk, int64_t begin, int64_t end,
+               const Scratch& s) {
+  const char* rows[kRun];
+  const int64_t keys = round_up(end - begin, k.panel);
+  for (int64_t j = 0; j < keys; j += k.panel) {
+    const int64_t n = std::min(k.panel, end - begin - j);
+    std::fill(rows, rows + k.panel, nullptr);
+    key_rows(p, p.k, seq, hk, begin + j, n, rows);
+    const RowList key_list{rows, k.panel, p.headdim, p.k.stride_col, p.dtype};
+    k.pack_panel(key_list, s.k_panels + j * p.headdim);
+    s.k_special[j / k.panel] = k.pack_strips(key_list, s.k_strips, keys, j);
+    key_rows(p, p.v, seq, hk, begin + j, n, rows);
+    k.pack_panel({rows, k.panel, p.headdim_v, p.v.stride_col, p.dtype}, s.v_panels + j * p.headdim_v);
+  }
 }
+
+/// Rows [first, first + n) of q's batch entry, as a list over `rows`.
+RowList query_rows(const Operand& x, const Sequence& seq, int64_t head, int64_t first, int64_t n, int64_t cols,
+                   const char** rows) {
+  for (int64_t r = 0; r < n; ++r) rows[r] = x.at(seq.q_batch, seq.q_row + first + r, head);
+  return {rows, n, cols, x.stride_col, x.dtype};
+}
+
+/// Brings rows [begin, end) of one head into the scratch, at their own index.
+void load_queries(const Problem& p, const Kernels& k, const Sequence& seq, int64_t head, int64_t begin, int64_t end,
+                  const Scratch& s) {
+  const char* rows[kRun];
+  const int64_t d = round_up(p.headdim, k.width), dv_cols = round_up(p.headdim_v, k.width);
+  std::fill(s.q + begin * d, s.q + end * d, 0.0f);
+  std::fill(s.dout + begin * dv_cols, s.dout + end * dv_cols, 0.0f);
+  for (int64_t r = begin; r < end; r += k.backward_group) {
+    const int64_t n = std::min(k.backward_group, end - r);
+    const bool special_q = k.load_rows(query_rows(p.q, seq, head, r, n, p.headdim, rows), q_factor(p.scores), s.q + r * d, d);
+    const bool special_dout =
+        k.load_rows(query_rows(p.dout, seq, head, r, n, p.headdim_v, rows), 1.0f, s.dout + r * dv_cols, dv_cols);
+    s.row_special[(r - begin) / k.backward_group] = special_q || special_dout;
+    k.dot_rows(query_rows(p.out, seq, head, r, n, p.headdim_v, rows), s.dout + r * dv_cols, dv_cols, s.delta + r);
+    for (int64_t i = r; i < r + n; ++i) {
+      const float lse = *reinterpret_cast<const float*>(p.lse.at(seq.q_batch, seq.q_row + i, head));
+      s.base[i] = std::isinf(lse) ? INFINITY : static_cast<float>(lse * kLog2e);
+      if (p.dlse.present()) s.delta[i] -= *reinterpret_cast<const float*>(p.dlse.at(seq.q_batch, seq.q_row + i, head));
+    }
+  }
+}
+
+/// d loss / d sink of one head of one sequence: the sink is a key without a value, so u = -delta.
+double sink_gradient(const Problem& p, const Sequence& seq, int64_t head, const Scratch& s) {
+  const double sink = sink_logit(p.scores, head) * kLog2e;
+  double sum = 0;
+  for (int64_t i = 0; i < seq.seqlen_q; ++i) {
+    const double probability = std::exp2(sink - s.base[i]);
+    if (probability > 0) sum -= probability * s.delta[i];
+  }
+  return sum;
+}
+
+/// What is left of the chain rule: x = q_factor * q . k, and the logit is x * ln 2, or softcap * tanh(x).
+float dx_factor(const ScorePipeline& s) { return static_cast<float>(s.softcap > 0 ? s.softcap : kLn2); }
+
+template <class FindRow>
+void store_all(const Kernels& k, int64_t n, int64_t cols, int64_t stride_col, DType dtype, float factor, const float* src,
+               int64_t ld, const FindRow& find) {
+  const char* rows[kRun];
+  float factors[kRun];
+  std::fill(factors, factors + kRun, factor);
+  for (int64_t r = 0; r < n; r += kRun) {
+    const int64_t m = std::min(kRun, n - r);
+    for (int64_t i = 0; i < m; ++i) rows[i] = find(r + i);
+    k.store_rows({rows, m, cols, stride_col, dtype}, factors, src + r * ld, ld);
+  }
+}
+
+void store_dq(const Problem& p, const Kernels& k, const Sequence& seq, int64_t head, const float* dq) {
+  store_all(k, seq.seqlen_q, p.headdim, p.dq.stride_col, p.dtype, dx_factor(p.scores) * q_factor(p.scores), dq,
+            round_up(p.headdim, k.width), [&](int64_t i) { return p.dq.at(seq.q_batch, seq.q_row + i, head); });
+}
+
+struct Task {
+  int64_t b, hk, split;
+  Sequence sequence;
+  float* dq_partials;  // (splits, group, max_seqlen_q, d) of this key head; nullptr with one split
+};
+
+void run(const Problem& p, const Kernels& k, const BackwardPlan& plan, const Task& t, const Scratch& s, double* dsink) {
+  const Sequence& seq = t.sequence;
+  const int64_t d = round_up(p.headdim, k.width), dv_cols = round_up(p.headdim_v, k.width);
+  const int64_t begin = t.split * plan.keys_per_split, end = std::min(begin + plan.keys_per_split, seq.seqlen_k);
+  const int64_t keys = round_up(std::max<int64_t>(end - begin, 0), k.panel);
+  if (keys > 0) pack_keys(p, k, seq, t.hk, begin, end, s);
+  std::fill(s.dk, s.dk + keys * d, 0.0f);
+  std::fill(s.dv, s.dv + keys * dv_cols, 0.0f);
+
+  int64_t first = seq.seqlen_q, last = 0;  // queries that see a key of the split
+  for (int64_t i = 0; i < seq.seqlen_q; ++i) {
+    const Interval seen = p.scores.mask.row(i, seq.seqlen_q, seq.seqlen_k);
+    s.lo[i] = seen.lo - begin;
+    s.hi[i] = seen.hi - begin;
+    s.position[i] = i + seq.seqlen_k - seq.seqlen_q - begin;
+    if (seen.empty() || seen.hi <= begin || seen.lo >= end) continue;
+    first = std::min(first, i);
+    last = i + 1;
+  }
+  const bool sinks = dsink && t.split == 0;
+  if (sinks) first = 0, last = seq.seqlen_q;  // the sink is seen by all
+
+  for (int64_t g = 0; g < p.group(); ++g) {
+    const int64_t head = t.hk * p.group() + g;
+    float* const dq = t.dq_partials ? t.dq_partials + (t.split * p.group() + g) * p.max_seqlen_q * d : s.dq;
+    std::fill(dq, dq + seq.seqlen_q * d, 0.0f);
+    if (last > first) {
+      load_queries(p, k, seq, head, first, last, s);
+      if (sinks) dsink[t.b * p.nheads + head] = sink_gradient(p, seq, head, s);
+      std::fill(s.slope + first, s.slope + last, static_cast<float>(p.scores.alibi_slope(t.b, head) * kLog2e));
+      k.backward({
+          .rows = last - first, .headdim = p.headdim, .headdim_v = p.headdim_v,
+          .q = s.q + first * d, .dout = s.dout + first * dv_cols, .base = s.base + first, .delta = s.delta + first,
+          .row_special = s.row_special,
+          .k_panels = s.k_panels, .v_panels = s.v_panels, .k_strips = s.k_strips, .keys = keys, .k_special = s.k_special,
+          .lo = s.lo + first, .hi = s.hi + first,
+          .softcap_log2 = softcap_log2(p.scores),
+          .slope_log2 = p.scores.alibi ? s.slope + first : nullptr, .position = s.position + first,
+          .dq = dq + first * d, .dk = s.dk, .dv = s.dv, .scratch = s.tiles,
+      });
+    }
+    if (!t.dq_partials) store_dq(p, k, seq, head, dq);
+  }
+  if (end <= begin) return;
+  store_all(k, end - begin, p.headdim, p.dk.stride_col, p.dtype, dx_factor(p.scores), s.dk, d,
+            [&](int64_t j) { return p.dk.at(seq.k_batch, seq.k_row + begin + j, t.hk); });
+  store_all(k, end - begin, p.headdim_v, p.dv.stride_col, p.dtype, 1.0f, s.dv, dv_cols,
+            [&](int64_t j) { return p.dv.at(seq.k_batch, seq.k_row + begin + j, t.hk); });
+}
+
+/// dq of one head = the sum of its partials, in the order of the splits (into the first one).
+void reduce_dq(const Problem& p, const Kernels& k, const BackwardPlan& plan, const Task& t, int64_t g) {
+  const int64_t plane = p.max_seqlen_q * round_up(p.headdim, k.width), n = t.sequence.seqlen_q * round_up(p.headdim, k.width);
+  float* const sum = t.dq_partials + g * plane;
+  for (int64_t split = 1; split < plan.splits; ++split) {
+    const float* const part = t.dq_partials + (split * p.group() + g) * plane;
+    for (int64_t i = 0; i < n; ++i) sum[i] += part[i];
+  }
+  store_dq(p, k, t.sequence, t.hk * p.group() + g, sum);
+}
+
+}  // namespace
+
+void backward(const Problem& p) {
+  const Kernels& k = active_kernels();
+  clear_if_uncovered(p);
+  const BackwardPlan plan = make_backward_plan(p, k);
+  const int workers = max_workers();
+  Arena arena(static_cast<std::size_t>(plan.workspace_shared + workers * plan.workspace_per_worker));
+  const int64_t partial = plan.splits * p.group() * p.max_seqlen_q * round_up(p.headdim, k.width);  // of a key head
+  float* const partials = plan.splits > 1 ? arena.take<float>(plan.heads_per_wave * partial) : nullptr;
+  std::vector<Scratch> scratch;
+  for (int w = 0; w < workers; ++w) scratch.emplace_back(arena, p, plan, k);
+  std::vector<double> dsink(p.dsink.present() ? static_cast<std::size_t>(p.batch * p.nheads) : 0);
+
+  std::vector<Task> tasks;
+  const int64_t all_heads = p.batch * p.nheads_k;
+  for (int64_t first = 0; first < all_heads; first += plan.heads_per_wave) {
+    tasks.clear();
+    for (int64_t i = first; i < std::min(first + plan.heads_per_wave, all_heads); ++i) {
+      const Sequence s = p.sequences.at(i / p.nheads_k);
+      if (s.empty()) continue;
+      for (int64_t split = 0; split < plan.splits; ++split)
+        tasks.push_back({i / p.nheads_k, i % p.nheads_k, split, s, partials ? partials + (i - first) * partial : nullptr});
+    }
+    parallel_for(static_cast<int64_t>(tasks.size()), workers, [&](int64_t i, int worker) {
+      run(p, k, plan, tasks[static_cast<std::size_t>(i)], scratch[static_cast<std::size_t>(worker)],
+          dsink.empty() ? nullptr : dsink.data());
+    });
+    if (!partials) continue;
+    const int64_t heads = static_cast<int64_t>(tasks.size()) / plan.splits;
+    parallel_for(heads * p.group(), workers, [&](int64_t i, int) {
+      reduce_dq(p, k, plan, tasks[static_cast<std::size_t>(i / p.group() * plan.splits)], i % p.group());
+    });
+  }
+
+  for (int64_t h = 0; !dsink.empty() && h < p.nheads; ++h) {
+    double sum = 0;
+    for (int64_t b = 0; b < p.batch; ++b) sum += dsink[static_cast<std::size_t>(b * p.nheads + h)];
+    *reinterpret_cast<float*>(p.dsink.at(0, 0, h)) = static_cast<float>(sum);
+  }
+}
+
+}  // namespace flash_attn::cpu

@@ -46,6 +46,32 @@ struct AttendTask {
   float* scratch;            // attend_scratch floats
 };
 
+/// One task of the backward: `rows` queries of one head against packed keys [0, keys). With x = q . k (q as above),
+///   p = 2^(s(x) - base),  u = dout . v - delta,  dx = p u  (times 1 - tanh(x)^2 with softcap)
+///   dv += p^T dout        dk += dx^T q           dq += dx k
+/// The driver multiplies dk and dq by what is left of the chain rule when it writes them.
+struct BackwardTask {
+  int64_t rows, headdim, headdim_v;
+  const float* q;              // (rows, headdim padded to the width), padded with zeros
+  const float* dout;           // (rows, headdim_v padded)
+  const float* base;           // (rows): lse * log2(e); +inf: the row sees nothing
+  const float* delta;          // (rows): sum of dout * out, less dlse
+  const uint8_t* row_special;  // (rows / backward_group): some q or dout of the group is inf or NaN
+  const float* k_panels;       // panels of (keys, headdim)
+  const float* v_panels;       // panels of (keys, headdim_v)
+  const float* k_strips;       // strips of (keys, headdim)
+  int64_t keys;                // padded
+  const uint8_t* k_special;    // (keys / panel)
+  const int64_t *lo, *hi;      // (rows)
+  float softcap_log2;
+  const float* slope_log2;
+  const int64_t* position;
+  float* dq;       // (rows, headdim padded): added to
+  float* dk;       // (keys, headdim padded): added to
+  float* dv;       // (keys, headdim_v padded): added to
+  float* scratch;  // backward_scratch floats
+};
+
 struct Kernels {
   const char* name;
   int64_t width;   // floats in a vector
@@ -53,16 +79,21 @@ struct Kernels {
   int64_t group;   // rows of a score tile
   int64_t block;   // keys of a score tile
   int64_t attend_scratch;  // floats
+  int64_t backward_group;
+  int64_t backward_scratch;  // floats
 
   /// One panel (P rows, fewer at the end) -> panels[p]. Returns whether it has an inf or a NaN.
   bool (*pack_panel)(const RowList& rows, float* panel);
   /// Up to P rows -> rows [first, first + n) of strips with rows_pad rows. Returns the same.
   bool (*pack_strips)(const RowList& rows, float* strips, int64_t rows_pad, int64_t first);
-  /// dst (rows, ld) = factor * rows, in fp32.
-  void (*load_rows)(const RowList& rows, float factor, float* dst, int64_t ld);
+  /// dst (rows, ld) = factor * rows, in fp32; ld >= cols. Returns the same.
+  bool (*load_rows)(const RowList& rows, float factor, float* dst, int64_t ld);
   /// row[r][c] = factor[r] * src[r][c], rounded once to dtype. The rows of the list are written.
   void (*store_rows)(const RowList& rows, const float* factor, const float* src, int64_t ld);
+  /// dots[r] = sum over columns of row r of the list times row r of x (rows, ld).
+  void (*dot_rows)(const RowList& rows, const float* x, int64_t ld, float* dots);
   void (*attend)(const AttendTask& task);
+  void (*backward)(const BackwardTask& task);
 };
 
 }  // namespace flash_attn::cpu

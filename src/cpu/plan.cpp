@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "cpu/arena.hpp"
+#include "cpu/driver.hpp"
 
 namespace flash_attn::cpu {
 
@@ -12,8 +13,9 @@ constexpr int64_t kWaveBytes = int64_t{16} << 20;
 // for 4 d rows FLOPs: 192 rows need 0.7 bytes a cycle); q, o and the statistics of the rows must leave room in L2.
 constexpr int64_t kMaxRows = 192;
 constexpr int64_t kEnoughTasks = 32;
-
-static int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+// A split of the backward packs its keys and loads every query that sees them: it must have keys enough to pay for it.
+constexpr int64_t kMinKeysPerSplit = 256;
+constexpr int64_t kPartialBytes = int64_t{64} << 20;
 
 Plan make_plan(const Problem& p, const Kernels& kernels) {
   Plan plan;
@@ -56,13 +58,44 @@ std::vector<AttendRange> attend_ranges(const Problem& p, const Plan& plan, int64
   return ranges;
 }
 
+BackwardPlan make_backward_plan(const Problem& p, const Kernels& kernels) {
+  BackwardPlan plan;
+  const int64_t heads = std::max<int64_t>(p.batch * p.nheads_k, 1);
+  const int64_t wanted = (kEnoughTasks + heads - 1) / heads;
+  plan.splits = std::clamp<int64_t>(p.max_seqlen_k / kMinKeysPerSplit, 1, wanted);
+  plan.keys_per_split = round_up((p.max_seqlen_k + plan.splits - 1) / plan.splits, kernels.panel);
+  if (plan.keys_per_split > 0) plan.splits = std::max<int64_t>(1, (p.max_seqlen_k + plan.keys_per_split - 1) / plan.keys_per_split);
+
+  const int64_t d = round_up(p.headdim, kernels.width), dv = round_up(p.headdim_v, kernels.width);
+  const int64_t partial = plan.splits * p.group() * p.max_seqlen_q * d;
+  plan.heads_per_wave = plan.splits == 1 ? heads : std::clamp<int64_t>(kPartialBytes / std::max<int64_t>(4 * partial, 1), 1, heads);
+  if (plan.splits > 1) plan.workspace_shared = static_cast<int64_t>(Arena::padded<float>(plan.heads_per_wave * partial));
+
+  const int64_t keys = plan.keys_per_split, rows = p.max_seqlen_q;
+  const auto floats = [](int64_t n) { return static_cast<int64_t>(Arena::padded<float>(n)); };
+  plan.workspace_per_worker = floats(keys * p.headdim) + floats(keys * p.headdim_v) + 2 * floats(keys * d) +
+                              floats(keys * dv) + 2 * floats(rows * d) + floats(rows * dv) + 3 * floats(rows) +
+                              floats(kernels.backward_scratch) +
+                              static_cast<int64_t>(3 * Arena::padded<int64_t>(rows) +
+                                                   Arena::padded<uint8_t>(keys / kernels.panel) +
+                                                   Arena::padded<uint8_t>(rows / kernels.backward_group + 1));
+  return plan;
+}
+
+static std::string kib(int64_t bytes) { return std::to_string(bytes >> 10) + " KiB"; }
+
 std::string describe(const Plan& plan, const Kernels& k) {
   return std::string("isa ") + k.name + ", score tiles of " + std::to_string(k.group) + " rows x " +
          std::to_string(k.block) + " keys, tasks of " + std::to_string(plan.rows) + " rows, " +
          std::to_string(plan.waves) + (plan.waves == 1 ? " wave of " : " waves of ") +
-         std::to_string(plan.heads_per_wave) + " packed heads, workspace " +
-         std::to_string(plan.workspace_shared >> 10) + " KiB + " + std::to_string(plan.workspace_per_worker >> 10) +
-         " KiB a worker";
+         std::to_string(plan.heads_per_wave) + " packed heads, workspace " + kib(plan.workspace_shared) + " + " +
+         kib(plan.workspace_per_worker) + " a worker";
+}
+
+std::string describe(const BackwardPlan& plan, const Kernels& k) {
+  return std::string("isa ") + k.name + ", " + std::to_string(plan.splits) + " key splits of " +
+         std::to_string(plan.keys_per_split) + " keys a head, waves of " + std::to_string(plan.heads_per_wave) +
+         " heads, workspace " + kib(plan.workspace_shared) + " + " + kib(plan.workspace_per_worker) + " a worker";
 }
 
 }  // namespace flash_attn::cpu

@@ -36,6 +36,19 @@ struct AttendRange {
 /// The tasks of key head hk of a sequence with seqlen_q queries: heaviest first under a causal mask (last rows first).
 std::vector<AttendRange> attend_ranges(const Problem& problem, const Plan& plan, int64_t hk, int64_t seqlen_q);
 
+/// The backward: tasks are (sequence, key head, split of its keys). Splits are made where heads are few; each costs a
+/// partial dq, so a wave holds as many heads as a budget allows.
+struct BackwardPlan {
+  int64_t splits = 1;
+  int64_t keys_per_split = 0;  // whole panels
+  int64_t heads_per_wave = 0;
+  int64_t workspace_shared = 0;      // bytes
+  int64_t workspace_per_worker = 0;  // bytes
+};
+
+BackwardPlan make_backward_plan(const Problem& problem, const Kernels& kernels);
+
 std::string describe(const Plan& plan, const Kernels& kernels);
+std::string describe(const BackwardPlan& plan, const Kernels& kernels);
 
 }  // namespace flash_attn::cpu

@@ -10,5 +10,6 @@
 #include "cpu/kernel/scores.hpp"
 
 #include "cpu/kernel/attend.hpp"
+#include "cpu/kernel/backward.hpp"
 
 #include "cpu/kernel/table.hpp"

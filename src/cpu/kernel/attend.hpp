@@ -50,20 +50,8 @@ inline void attend(const AttendTask& t) {
     const int64_t block_end = block + kBlock < t.keys ? block + kBlock : t.keys;
     for (int64_t r0 = 0; r0 < t.rows; r0 += kGroup) {
       const int64_t rows = t.rows - r0 < kGroup ? t.rows - r0 : kGroup;
-      // Keys that some row sees, and keys that all see. Rows may come from several heads: no order is assumed.
-      int64_t any_lo = block_end, any_hi = block, all_lo = block, all_hi = block_end;
-      for (int64_t r = r0; r < r0 + rows; ++r) {
-        if (t.hi[r] > t.lo[r]) {
-          any_lo = t.lo[r] < any_lo ? t.lo[r] : any_lo;
-          any_hi = t.hi[r] > any_hi ? t.hi[r] : any_hi;
-        }
-        all_lo = t.lo[r] > all_lo ? t.lo[r] : all_lo;
-        all_hi = t.hi[r] < all_hi ? t.hi[r] : all_hi;
-      }
-      const int64_t first = (any_lo > block ? any_lo : block) / kPanel * kPanel;
-      const int64_t last = ((any_hi < block_end ? any_hi : block_end) + W - 1) / W * W;
+      const auto [first, last, partial] = seen_by(t.lo + r0, t.hi + r0, rows, block, block_end);
       if (last <= first) continue;
-      const bool partial = all_lo > first || all_hi < last;
       const int64_t n = last - first;
 
       multiply_panels({t.q + r0 * t.headdim, t.headdim, 1, nullptr, 0, s, lds, t.headdim}, rows, t.k_panels, first, last);
@@ -71,15 +59,12 @@ inline void attend(const AttendTask& t) {
         float* row = s + r * lds;
         if (t.softcap_log2 != 0.0f) softcap_row(row, n, t.softcap_log2);
         if (t.slope_log2) alibi_row(row, n, t.slope_log2[r0 + r], t.position[r0 + r] - first);
-        if (partial) mask_row(row, n, t.lo[r0 + r] - first, t.hi[r0 + r] - first);
+        if (partial) fill_outside(row, n, t.lo[r0 + r] - first, t.hi[r0 + r] - first, -kInfinity);
         row_scale[r] = softmax_row(row, n, t.m[r0 + r], t.l + (r0 + r) * W);
       }
 
-      bool special = false;  // 0 * inf: an unseen value that is not finite must not be multiplied at all
-      if (partial)
-        for (int64_t j = first / kPanel; j * kPanel < last; ++j) special |= t.v_special[j] != 0;
       const Gemm g{s, lds, 1, nullptr, 0, t.o + r0 * ldo, ldo, n};
-      if (!special) {
+      if (!(partial && any_special(t.v_special, first, last))) {
         multiply_strips<Into::scale_add>(g, rows, t.v_strips, t.keys, first, ldo, row_scale);
         continue;
       }

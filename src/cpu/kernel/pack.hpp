@@ -77,12 +77,26 @@ inline bool pack_strips(const RowList& rows, float* strips, int64_t rows_pad, in
   return has_special(zeros);
 }
 
-inline void load_rows(const RowList& rows, float factor, float* dst, int64_t ld) {
+inline bool load_rows(const RowList& rows, float factor, float* dst, int64_t ld) {
+  vf zeros{};
   for (int64_t r = 0; r < rows.rows; ++r)
     for (int64_t c = 0; c < rows.cols; c += W) {
-      const vf x = load_columns(rows, r, c) * factor;
-      store_from_float(reinterpret_cast<char*>(dst + r * ld + c), x, DType::f32, 1, rows.cols - c);
+      const vf x = load_columns(rows, r, c);
+      zeros += x * 0.0f;
+      store_from_float(reinterpret_cast<char*>(dst + r * ld + c), x * factor, DType::f32, 1, rows.cols - c);
     }
+  return has_special(zeros);
+}
+
+inline void dot_rows(const RowList& rows, const float* x, int64_t ld, float* dots) {
+  for (int64_t r = 0; r < rows.rows; ++r) {
+    vf sum{};
+    for (int64_t c = 0; c < rows.cols; c += W) {
+      const vf xr = load_as_float(reinterpret_cast<const char*>(x + r * ld + c), DType::f32, 1, rows.cols - c);
+      sum += load_columns(rows, r, c) * xr;
+    }
+    dots[r] = sum_lanes(sum);
+  }
 }
 
 inline void store_rows(const RowList& rows, const float* factor, const float* src, int64_t ld) {

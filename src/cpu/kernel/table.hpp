@@ -10,11 +10,15 @@ const Kernels kernels = {
     .group = kGroup,
     .block = kBlock,
     .attend_scratch = kGroup * (kBlock + W) + kGroup,
+    .backward_group = kBackwardGroup,
+    .backward_scratch = 2 * kBackwardGroup * (kBackwardBlock + W),
     .pack_panel = pack_panel,
     .pack_strips = pack_strips,
     .load_rows = load_rows,
     .store_rows = store_rows,
+    .dot_rows = dot_rows,
     .attend = attend,
+    .backward = backward,
 };
 
 }  // namespace flash_attn::cpu::FLASH_ATTN_ISA

@@ -1,0 +1,89 @@
+// The backward: scores again from q, k and lse, then five products on the same register tiles (Dao 2023, algorithm 2).
+//
+//   for a block of keys (K twice, V, and the dk, dv sums stay in L2):
+//     for a group of rows (p and dx stay near L1):
+//       x = q k^T,  u = dout v^T - delta          row-major A
+//       p = 2^(s(x) - base),  dx = p u
+//       dv += p^T dout,  dk += dx^T q             column-major A: no transpose is ever made
+//       dq += dx k                                row-major A
+//
+// 10 d FLOPs a score. A group of G rows and a block of N keys read and write dv, dk (dq) once per G rows (N keys):
+// 2 / G + 1 / N loads and stores for 5 FMAs of d columns.
+
+namespace flash_attn::cpu::FLASH_ATTN_ISA {
+
+inline constexpr int64_t kBackwardGroup = 48;
+inline constexpr int64_t kBackwardBlock = W == 16 ? 192 : 128;
+
+/// x = softcap * tanh(x) (log2 units), u = (u - delta) * (1 - tanh(x)^2).
+FLASH_ATTN_INLINE void softcap_gradient_row(float* x, float* u, int64_t n, float softcap_log2, float delta) {
+  for (int64_t j = 0; j < n; j += W) {
+    const vf t = tanh(load(x + j));
+    store(u + j, (load(u + j) - delta) * (1.0f - t * t));
+    store(x + j, t * softcap_log2);
+  }
+}
+
+/// p = 2^(s - base) over s, dx = p * (u - delta) over u.
+FLASH_ATTN_INLINE void probability_row(float* s, float* u, int64_t n, float base, float delta) {
+  for (int64_t j = 0; j < n; j += W) {
+    const vf p = exp2(load(s + j) - base);
+    store(s + j, p);
+    store(u + j, p * (load(u + j) - delta));
+  }
+}
+
+/// C (rows, cols) += A . B with B row-major, g.ldb apart.
+FLASH_ATTN_INLINE void multiply_rows(Gemm g, int64_t rows, int64_t cols) {
+  for (int64_t c = 0; c < cols; c += kPanel, g.b += kPanel, g.c += kPanel)
+    tile_rows<Into::add>((cols - c >= kPanel ? kPanel : cols - c) / W, g, rows, nullptr);
+}
+
+inline void backward(const BackwardTask& t) {
+  const int64_t ldq = (t.headdim + W - 1) / W * W, ldv = (t.headdim_v + W - 1) / W * W;
+  constexpr int64_t lds = kBackwardBlock + W;
+  float* const p = t.scratch;
+  float* const dx = p + kBackwardGroup * lds;
+  for (int64_t block = 0; block < t.keys; block += kBackwardBlock) {
+    const int64_t block_end = block + kBackwardBlock < t.keys ? block + kBackwardBlock : t.keys;
+    for (int64_t r0 = 0; r0 < t.rows; r0 += kBackwardGroup) {
+      const int64_t rows = t.rows - r0 < kBackwardGroup ? t.rows - r0 : kBackwardGroup;
+      const auto [first, last, partial] = seen_by(t.lo + r0, t.hi + r0, rows, block, block_end);
+      if (last <= first) continue;
+      const int64_t n = last - first;
+      const float *q = t.q + r0 * ldq, *dout = t.dout + r0 * ldv;
+      float *dq = t.dq + r0 * ldq, *dk = t.dk + first * ldq, *dv = t.dv + first * ldv;
+
+      multiply_panels({q, ldq, 1, nullptr, 0, p, lds, t.headdim}, rows, t.k_panels, first, last);
+      multiply_panels({dout, ldv, 1, nullptr, 0, dx, lds, t.headdim_v}, rows, t.v_panels, first, last);
+      for (int64_t r = 0; r < rows; ++r) {
+        float *s = p + r * lds, *u = dx + r * lds;
+        float delta = t.delta[r0 + r];
+        if (t.softcap_log2 != 0.0f) softcap_gradient_row(s, u, n, t.softcap_log2, delta), delta = 0.0f;
+        if (t.slope_log2) alibi_row(s, n, t.slope_log2[r0 + r], t.position[r0 + r] - first);
+        const int64_t lo = t.lo[r0 + r] - first, hi = t.hi[r0 + r] - first;
+        if (partial) fill_outside(s, n, lo, hi, -kInfinity);
+        probability_row(s, u, n, t.base[r0 + r], delta);
+        if (partial) fill_outside(u, n, lo, hi, 0.0f);  // p is 0 there, but 0 * u may be NaN
+      }
+
+      if (!(partial && (t.row_special[r0 / kBackwardGroup] || any_special(t.k_special, first, last)))) {
+        multiply_rows({p, 1, lds, dout, ldv, dv, ldv, rows}, n, ldv);
+        multiply_rows({dx, 1, lds, q, ldq, dk, ldq, rows}, n, ldq);
+        multiply_strips<Into::add>({dx, lds, 1, nullptr, 0, dq, ldq, n}, rows, t.k_strips, t.keys, first, ldq, nullptr);
+        continue;
+      }
+      for (int64_t r = 0; r < rows; ++r) {
+        const int64_t lo = t.lo[r0 + r] > first ? t.lo[r0 + r] : first, hi = t.hi[r0 + r] < last ? t.hi[r0 + r] : last;
+        if (hi <= lo) continue;
+        const float *p_row = p + r * lds + (lo - first), *dx_row = dx + r * lds + (lo - first);
+        multiply_rows({p_row, 1, 0, dout + r * ldv, 0, t.dv + lo * ldv, ldv, 1}, hi - lo, ldv);
+        multiply_rows({dx_row, 1, 0, q + r * ldq, 0, t.dk + lo * ldq, ldq, 1}, hi - lo, ldq);
+        multiply_strips<Into::add>({dx_row, lds, 1, nullptr, 0, dq + r * ldq, ldq, hi - lo}, 1, t.k_strips, t.keys, lo,
+                                   ldq, nullptr);
+      }
+    }
+  }
+}
+
+}  // namespace flash_attn::cpu::FLASH_ATTN_ISA
