@@ -1,0 +1,161 @@
+#include "machine.hpp"
+
+#include <dlfcn.h>
+#include <fmt/format.h>
+#include <sched.h>
+#include <sys/utsname.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <filesystem>
+#include <fstream>
+#include <sstream>
+
+namespace flash_attn::cli {
+namespace fs = std::filesystem;
+namespace {
+
+std::string first_line(const fs::path& path) {
+  std::ifstream in(path);
+  std::string line;
+  std::getline(in, line);
+  return line;
+}
+
+/// The value of the first "name<spaces>: value" line of a /proc file.
+std::string field(const fs::path& path, const std::string& name) {
+  std::ifstream in(path);
+  for (std::string line; std::getline(in, line);) {
+    const auto colon = line.find(':');
+    if (!line.starts_with(name) || colon == std::string::npos) continue;
+    const auto value = line.find_first_not_of(" \t", colon + 1);
+    return value == std::string::npos ? "" : line.substr(value);
+  }
+  return {};
+}
+
+/// "0-3,8" has five CPUs.
+int count_list(const std::string& list) {
+  int count = 0;
+  std::istringstream in(list);
+  for (std::string range; std::getline(in, range, ',');) {
+    int lo = 0, hi = 0;
+    const int fields = std::sscanf(range.c_str(), "%d-%d", &lo, &hi);
+    if (fields >= 1) count += fields == 2 ? hi - lo + 1 : 1;
+  }
+  return count;
+}
+
+int64_t parse_size(const std::string& text) {
+  std::size_t end = 0;
+  if (text.empty() || !std::isdigit(static_cast<unsigned char>(text[0]))) return 0;
+  const int64_t n = std::stoll(text, &end);
+  if (end < text.size() && text[end] == 'K') return n << 10;
+  if (end < text.size() && text[end] == 'M') return n << 20;
+  return n;
+}
+
+/// CPUs granted by "quota period" (cgroup v2's cpu.max, or v1's two files); 0 if unlimited.
+double ratio(const std::string& quota, const std::string& period) {
+  const double q = std::atof(quota.c_str()), p = std::atof(period.c_str());
+  return q > 0 && p > 0 ? q / p : 0.0;
+}
+
+/// The tightest limit from this process's group up to the root of the hierarchy.
+double cgroup_quota() {
+  double tightest = 0;
+  const auto take = [&](double cpus) {
+    if (cpus > 0 && (tightest == 0 || cpus < tightest)) tightest = cpus;
+  };
+  std::ifstream in("/proc/self/cgroup");
+  for (std::string line; std::getline(in, line);) {
+    const auto a = line.find(':'), b = line.find(':', a + 1);
+    if (b == std::string::npos) continue;
+    const std::string controllers = line.substr(a + 1, b - a - 1);
+    const bool v2 = controllers.empty();
+    if (!v2 && ("," + controllers + ",").find(",cpu,") == std::string::npos) continue;
+    const fs::path root = v2 ? "/sys/fs/cgroup" : "/sys/fs/cgroup/cpu";
+    for (fs::path group = line.substr(b + 1);; group = group.parent_path()) {
+      const fs::path folder = root / group.relative_path();
+      if (v2) {
+        std::istringstream max(first_line(folder / "cpu.max"));
+        std::string quota, period;
+        max >> quota >> period;
+        take(ratio(quota, period));
+      } else {
+        take(ratio(first_line(folder / "cpu.cfs_quota_us"), first_line(folder / "cpu.cfs_period_us")));
+      }
+      if (!group.has_relative_path()) break;
+    }
+  }
+  return tightest;
+}
+
+}  // namespace
+
+std::string cpu_model() {
+  for (const char* name : {"model name", "Model", "cpu model"}) {
+    const std::string model = field("/proc/cpuinfo", name);
+    if (!model.empty()) return model;
+  }
+  utsname name{};
+  return uname(&name) == 0 ? name.machine : "unknown";
+}
+
+std::vector<Cache> caches() {
+  std::vector<Cache> found;
+  std::error_code none;
+  for (const auto& entry : fs::directory_iterator("/sys/devices/system/cpu/cpu0/cache", none)) {
+    const std::string type = first_line(entry.path() / "type");
+    if (type != "Data" && type != "Unified") continue;
+    const std::string level = first_line(entry.path() / "level");
+    found.push_back({fmt::format("L{}{}", level, type == "Data" ? "d" : ""), parse_size(first_line(entry.path() / "size")),
+                     count_list(first_line(entry.path() / "shared_cpu_list"))});
+  }
+#ifdef _SC_LEVEL1_DCACHE_SIZE
+  if (found.empty()) {
+    const std::pair<const char*, int> names[] = {
+        {"L1d", _SC_LEVEL1_DCACHE_SIZE}, {"L2", _SC_LEVEL2_CACHE_SIZE}, {"L3", _SC_LEVEL3_CACHE_SIZE}};
+    for (const auto& [name, key] : names) {
+      if (const long bytes = sysconf(key); bytes > 0) found.push_back({name, bytes, 0});
+    }
+  }
+#endif
+  std::sort(found.begin(), found.end(), [](const Cache& a, const Cache& b) { return a.name < b.name; });
+  return found;
+}
+
+ThreadLimits thread_limits() {
+  ThreadLimits limits;
+  limits.online = static_cast<int>(sysconf(_SC_NPROCESSORS_ONLN));
+  cpu_set_t set;
+  CPU_ZERO(&set);
+  limits.affinity = sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set) : limits.online;
+  limits.quota = cgroup_quota();
+  for (const char* name : {"FLASH_ATTENTION_NUM_THREADS", "OMP_NUM_THREADS"}) {
+    if (const char* value = std::getenv(name); value && limits.environment.empty()) {
+      limits.environment = fmt::format("{}={}", name, value);
+    }
+  }
+  return limits;
+}
+
+Gpus gpus() {
+  Gpus gpus;
+  std::error_code none;
+  for (const auto& entry : fs::directory_iterator("/proc/driver/nvidia/gpus", none)) {
+    const std::string model = field(entry.path() / "information", "Model");
+    gpus.found.push_back(fmt::format("{} ({})", model.empty() ? "NVIDIA GPU" : model, entry.path().filename().string()));
+  }
+  for (const char* name : {"libcuda.so.1", "libcuda.so"}) {
+    if (void* library = dlopen(name, RTLD_LAZY | RTLD_LOCAL)) {
+      gpus.driver = true;
+      dlclose(library);
+      break;
+    }
+  }
+  return gpus;
+}
+
+}  // namespace flash_attn::cli
