@@ -1,0 +1,137 @@
+#include "from_python.hpp"
+
+#include <optional>
+#include <string>
+
+#include "dlpack.hpp"
+
+namespace flash_attn::python {
+namespace {
+
+std::string class_name(nb::handle object) { return nb::cast<std::string>(nb::handle(object.type()).attr("__name__")); }
+
+std::optional<DType> dtype_of(dlpack::DataType t) {
+  if (t.lanes != 1) return {};
+  if (t.code == dlpack::kFloat && t.bits == 32) return DType::f32;
+  if (t.code == dlpack::kBfloat && t.bits == 16) return DType::bf16;
+  if (t.code == dlpack::kFloat && t.bits == 16) return DType::f16;
+  if (t.code == dlpack::kFloat && t.bits == 64) return DType::f64;
+  if (t.code == dlpack::kInt && t.bits == 32) return DType::i32;
+  if (t.code == dlpack::kInt && t.bits == 64) return DType::i64;
+  return {};
+}
+
+std::string dtype_name(nb::handle object) {
+  if (!nb::hasattr(object, "dtype")) return "another dtype";
+  return nb::cast<std::string>(nb::str(object.attr("dtype")));
+}
+
+Tensor convert(const dlpack::Tensor& from, nb::handle object, const char* name) {
+  const std::optional<DType> dtype = dtype_of(from.dtype);
+  if (!dtype) {
+    throw Error(ErrorCode::type_mismatch, std::string(name) + ": expected a dtype of float16, bfloat16, float32, " +
+                                              "float64, int32 or int64, got " + dtype_name(object));
+  }
+  Tensor to;
+  to.data = static_cast<char*>(from.data) + from.byte_offset;
+  to.dtype = *dtype;
+  to.device = {from.device.type, from.device.id};
+  to.ndim = from.ndim;
+  if (from.ndim > Tensor::kMaxDims) {
+    to.ndim = Tensor::kMaxDims + 1;  // refused by every entry point, by its rank
+    return to;
+  }
+  int64_t compact = 1;
+  for (int i = from.ndim - 1; i >= 0; --i) {
+    to.shape[i] = from.shape[i];
+    to.stride[i] = from.strides ? from.strides[i] : compact;
+    compact *= from.shape[i];
+  }
+  return to;
+}
+
+/// The exchange table of a type, or nullptr. Types that have one are few and live for ever: remembered, never forgotten.
+const dlpack::ExchangeApi* exchange_api(PyTypeObject* type) {
+  struct Entry {
+    PyTypeObject* type;
+    const dlpack::ExchangeApi* api;
+  };
+  static std::vector<Entry> known;
+  constexpr std::size_t kMostKnown = 16;
+  for (const Entry& e : known) {
+    if (e.type == type) return e.api;
+  }
+  PyObject* capsule = PyObject_GetAttrString(reinterpret_cast<PyObject*>(type), "__dlpack_c_exchange_api__");
+  if (!capsule) {
+    PyErr_Clear();
+    return nullptr;
+  }
+  nb::object owner = nb::steal(capsule);
+  const auto* api = static_cast<const dlpack::ExchangeApi*>(PyCapsule_GetPointer(capsule, "dlpack_exchange_api"));
+  if (!api) PyErr_Clear();
+  while (api && api->version.major != 1) api = api->previous;
+  if (!api || !api->tensor_from_object) return nullptr;
+  if (known.size() < kMostKnown) {
+    Py_INCREF(type);
+    known.push_back({type, api});
+  }
+  return api;
+}
+
+Tensor from_capsule(nb::handle object, const char* name, Owners& owners) {
+  nb::object source = nb::borrow(object);
+  if (nb::hasattr(source, "detach")) source = source.attr("detach")();
+  nb::object capsule = source.attr("__dlpack__")();
+  owners.push_back(capsule);  // unconsumed: it frees what it owns when it goes
+  if (PyCapsule_IsValid(capsule.ptr(), "dltensor")) {
+    return convert(static_cast<dlpack::Managed*>(PyCapsule_GetPointer(capsule.ptr(), "dltensor"))->tensor, object, name);
+  }
+  if (PyCapsule_IsValid(capsule.ptr(), "dltensor_versioned")) {
+    const auto* managed =
+        static_cast<dlpack::ManagedVersioned*>(PyCapsule_GetPointer(capsule.ptr(), "dltensor_versioned"));
+    if (managed->version.major == 1) return convert(managed->tensor, object, name);
+  }
+  throw Error(ErrorCode::type_mismatch, std::string(name) + ": its __dlpack__() gave no capsule of DLPack 1.x");
+}
+
+}  // namespace
+
+Tensor tensor(nb::handle object, const char* name, Owners& owners) {
+  if (object.is_none()) return {};
+  if (const dlpack::ExchangeApi* api = exchange_api(Py_TYPE(object.ptr()))) {
+    dlpack::Tensor borrowed;
+    if (api->tensor_from_object(object.ptr(), &borrowed) != 0) nb::raise_python_error();
+    return convert(borrowed, object, name);
+  }
+  if (!nb::hasattr(object, "__dlpack__")) {
+    throw Error(ErrorCode::type_mismatch, std::string(name) + ": expected a tensor, got " + class_name(object));
+  }
+  return from_capsule(object, name, owners);
+}
+
+double number(nb::handle object, const char* name) {
+  const double value = PyFloat_AsDouble(object.ptr());
+  if (value == -1.0 && PyErr_Occurred()) {
+    PyErr_Clear();
+    throw Error(ErrorCode::type_mismatch, std::string(name) + ": expected a number, got " + class_name(object));
+  }
+  return value;
+}
+
+int64_t integer(nb::handle object, const char* name) {
+  if (PyLong_CheckExact(object.ptr())) {
+    int overflow = 0;
+    const int64_t value = PyLong_AsLongLongAndOverflow(object.ptr(), &overflow);
+    if (!overflow) return value;
+    throw Error(ErrorCode::invalid_argument, std::string(name) + ": expected an integer of 64 bits, got " +
+                                                 nb::cast<std::string>(nb::str(object)));
+  }
+  PyObject* index = PyNumber_Index(object.ptr());
+  if (!index) {
+    PyErr_Clear();
+    throw Error(ErrorCode::type_mismatch, std::string(name) + ": expected an integer, got " + class_name(object));
+  }
+  return integer(nb::steal(index), name);
+}
+
+}  // namespace flash_attn::python

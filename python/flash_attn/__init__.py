@@ -1,0 +1,41 @@
+"""FlashAttention-Plus: the flash_attn API, exact, on whatever hardware there is."""
+
+from pkgutil import extend_path
+
+__path__ = extend_path(__path__, __name__)  # another distribution may add submodules (flash_attn.cute)
+
+# What callers compare with `flash_attn.__version__` is the API they program against ("2.7.4" or newer, the major number
+# is 2, ...), so the module answers with the upstream version whose API this is. Ours is __plus_version__; the name and
+# version of the distribution are the package metadata's business.
+__upstream_version__ = "2.8.3"
+__version__ = __upstream_version__
+
+from flash_attn._backend import Backend, backend, backends
+from flash_attn._C import cpu_isa, cpu_isas, num_threads, set_num_threads
+from flash_attn._C import version as _version
+from flash_attn.flash_attn_interface import (
+    flash_attn_func,
+    flash_attn_kvpacked_func,
+    flash_attn_qkvpacked_func,
+    flash_attn_varlen_func,
+    flash_attn_varlen_kvpacked_func,
+    flash_attn_varlen_qkvpacked_func,
+)
+
+__plus_version__ = _version()
+
+__all__ = [
+    "Backend",
+    "backend",
+    "backends",
+    "cpu_isa",
+    "cpu_isas",
+    "flash_attn_func",
+    "flash_attn_kvpacked_func",
+    "flash_attn_qkvpacked_func",
+    "flash_attn_varlen_func",
+    "flash_attn_varlen_kvpacked_func",
+    "flash_attn_varlen_qkvpacked_func",
+    "num_threads",
+    "set_num_threads",
+]

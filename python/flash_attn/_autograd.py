@@ -1,0 +1,222 @@
+"""The autograd classes, one per public function, under upstream's names and with upstream's positional arguments.
+
+All six are `_attend` and `_differentiate` over views: the packed ones read strided slices of qkv (kv), and their
+gradients are written into strided slices of dqkv (dkv). softmax_lse is differentiable.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flash_attn import _C, _ops
+from flash_attn._backend import current
+from flash_attn._options import options
+
+_flash_attn_ops = torch.ops.flash_attn
+
+
+def _attend(
+    ctx, inputs, q, k, v, varlen, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
+    return_softmax, is_grad_enabled, learnable_sink, attn_bias,
+):  # fmt: skip
+    """-> out, or (out, softmax_lse, S_dmask). `inputs`: what autograd knows of q, k and v.
+
+    `varlen`: None, or (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table).
+    """
+    differentiable = [*inputs, learnable_sink, attn_bias]
+    needs_grad = is_grad_enabled and any(x is not None and x.requires_grad for x in differentiable)
+    cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table = varlen or (None,) * 5
+    if needs_grad and block_table is not None:
+        raise NotImplementedError("block_table: pages of keys and values are not differentiable")
+
+    left, right = window_size
+    scores = (softmax_scale, causal, left, right, softcap, alibi_slopes)
+    plain = _ops.is_plain(q, k, v)
+    if plain:
+        sequences = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, None, None, block_table)
+        out, lse, S_dmask, rng_state = _ops._run_forward(
+            q, k, v, dropout_p, return_softmax, (*scores, attn_bias, learnable_sink), sequences
+        )
+    else:
+        scale = _ops.default_scale(q) if softmax_scale is None else softmax_scale
+        scores = (scale, *scores[1:])
+        extensions = {"attn_bias": attn_bias, "learnable_sink": learnable_sink}
+        if varlen is None:
+            out, lse, S_dmask, rng_state = _flash_attn_ops._flash_attn_forward(
+                q, k, v, dropout_p, *scores, return_softmax, **extensions
+            )
+        else:
+            out, lse, S_dmask, rng_state = _flash_attn_ops._flash_attn_varlen_forward(
+                q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, *scores, return_softmax,
+                block_table, **extensions,
+            )  # fmt: skip
+
+    if needs_grad:
+        ctx.save_for_backward(
+            q, k, v, out, lse, rng_state, alibi_slopes, cu_seqlens_q, cu_seqlens_k, learnable_sink, attn_bias
+        )
+        ctx.settings = (dropout_p, *scores[:5], deterministic, max_seqlen_q, max_seqlen_k, varlen is not None)
+        ctx.backend = current() if plain else None
+    return (out, lse, S_dmask) if return_softmax else out
+
+
+def _differentiate(ctx, dout: Tensor, dlse: Tensor | None, dq: Tensor, dk: Tensor, dv: Tensor):
+    """Writes dq, dk and dv; -> (dsink, dbias)."""
+    q, k, v, out, lse, rng_state, alibi_slopes, cu_seqlens_q, cu_seqlens_k, sink, bias = ctx.saved_tensors
+    dropout_p, scale, causal, left, right, softcap, deterministic, max_seqlen_q, max_seqlen_k, is_varlen = ctx.settings
+    dsink = None if sink is None else torch.empty_like(sink, dtype=torch.float32)
+    dbias = None if bias is None else torch.empty_like(bias, dtype=torch.float32)
+    if _ops.is_plain(q, k, v) and type(dout) is Tensor:
+        seed, offset = _ops._seed_and_offset(dropout_p, rng_state)
+        _C.backward(
+            dout, q, k, v, out, lse, dq, dk, dv, dlse, dbias, dsink,
+            options(
+                scale, causal, left, right, softcap, alibi_slopes, bias, sink, cu_seqlens_q, cu_seqlens_k,
+                max_seqlen_q, max_seqlen_k, None, None, None, dropout_p, seed, offset, ctx.backend, deterministic,
+            ),
+        )  # fmt: skip
+    else:
+        tail = (dropout_p, scale, causal, left, right, softcap, alibi_slopes, deterministic, rng_state)
+        extensions = {"dlse": dlse, "attn_bias": bias, "learnable_sink": sink, "dbias": dbias, "dsink": dsink}
+        if is_varlen:
+            _flash_attn_ops._flash_attn_varlen_backward(
+                dout, q, k, v, out, lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *tail,
+                **extensions,
+            )  # fmt: skip
+        else:
+            _flash_attn_ops._flash_attn_backward(dout, q, k, v, out, lse, dq, dk, dv, *tail, **extensions)
+    return (
+        None if sink is None else dsink.to(sink.dtype),
+        None if bias is None else dbias.to(bias.dtype),
+    )
+
+
+def _dlse(grads: tuple) -> Tensor | None:
+    """The gradient of softmax_lse among those that follow dout; None if only out was returned."""
+    return grads[0] if grads else None
+
+
+def _separate_gradients(ctx, dout, grads):
+    q, k, v = ctx.saved_tensors[:3]
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    return dq, dk, dv, *_differentiate(ctx, dout, _dlse(grads), dq, dk, dv)
+
+
+def _kvpacked_gradients(ctx, dout, grads):
+    q, k = ctx.saved_tensors[:2]
+    dq, dkv = torch.empty_like(q), k.new_empty((*k.shape[:-2], 2, *k.shape[-2:]))
+    return dq, dkv, *_differentiate(ctx, dout, _dlse(grads), dq, *dkv.unbind(-3))
+
+
+def _qkvpacked_gradients(ctx, dout, grads):
+    q = ctx.saved_tensors[0]
+    dqkv = q.new_empty((*q.shape[:-2], 3, *q.shape[-2:]))
+    return dqkv, *_differentiate(ctx, dout, _dlse(grads), *dqkv.unbind(-3))
+
+
+class FlashAttnFunc(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
+        return_softmax, is_grad_enabled, learnable_sink=None, attn_bias=None,
+    ):  # fmt: skip
+        return _attend(
+            ctx, (q, k, v), q, k, v, None, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
+            deterministic, return_softmax, is_grad_enabled, learnable_sink, attn_bias,
+        )  # fmt: skip
+
+    @staticmethod
+    def backward(ctx, dout, *grads):
+        dq, dk, dv, dsink, dbias = _separate_gradients(ctx, dout, grads)
+        return dq, dk, dv, *(None,) * 9, dsink, dbias
+
+
+class FlashAttnKVPackedFunc(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, q, kv, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
+        return_softmax, is_grad_enabled, learnable_sink=None, attn_bias=None,
+    ):  # fmt: skip
+        return _attend(
+            ctx, (q, kv), q, *kv.unbind(-3), None, dropout_p, softmax_scale, causal, window_size, softcap,
+            alibi_slopes, deterministic, return_softmax, is_grad_enabled, learnable_sink, attn_bias,
+        )  # fmt: skip
+
+    @staticmethod
+    def backward(ctx, dout, *grads):
+        dq, dkv, dsink, dbias = _kvpacked_gradients(ctx, dout, grads)
+        return dq, dkv, *(None,) * 9, dsink, dbias
+
+
+class FlashAttnQKVPackedFunc(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, qkv, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
+        return_softmax, is_grad_enabled, learnable_sink=None, attn_bias=None,
+    ):  # fmt: skip
+        return _attend(
+            ctx, (qkv,), *qkv.unbind(-3), None, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
+            deterministic, return_softmax, is_grad_enabled, learnable_sink, attn_bias,
+        )  # fmt: skip
+
+    @staticmethod
+    def backward(ctx, dout, *grads):
+        dqkv, dsink, dbias = _qkvpacked_gradients(ctx, dout, grads)
+        return dqkv, *(None,) * 9, dsink, dbias
+
+
+class FlashAttnVarlenFunc(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal,
+        window_size, softcap, alibi_slopes, deterministic, return_softmax, block_table, is_grad_enabled,
+        learnable_sink=None, attn_bias=None,
+    ):  # fmt: skip
+        varlen = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table)
+        return _attend(
+            ctx, (q, k, v), q, k, v, varlen, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
+            deterministic, return_softmax, is_grad_enabled, learnable_sink, attn_bias,
+        )  # fmt: skip
+
+    @staticmethod
+    def backward(ctx, dout, *grads):
+        dq, dk, dv, dsink, dbias = _separate_gradients(ctx, dout, grads)
+        return dq, dk, dv, *(None,) * 14, dsink, dbias
+
+
+class FlashAttnVarlenKVPackedFunc(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, q, kv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal,
+        window_size, softcap, alibi_slopes, deterministic, return_softmax, is_grad_enabled,
+        learnable_sink=None, attn_bias=None,
+    ):  # fmt: skip
+        varlen = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, None)
+        return _attend(
+            ctx, (q, kv), q, *kv.unbind(-3), varlen, dropout_p, softmax_scale, causal, window_size, softcap,
+            alibi_slopes, deterministic, return_softmax, is_grad_enabled, learnable_sink, attn_bias,
+        )  # fmt: skip
+
+    @staticmethod
+    def backward(ctx, dout, *grads):
+        dq, dkv, dsink, dbias = _kvpacked_gradients(ctx, dout, grads)
+        return dq, dkv, *(None,) * 13, dsink, dbias
+
+
+class FlashAttnVarlenQKVPackedFunc(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, qkv, cu_seqlens, max_seqlen, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
+        deterministic, return_softmax, is_grad_enabled, learnable_sink=None, attn_bias=None,
+    ):  # fmt: skip
+        varlen = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, None)
+        return _attend(
+            ctx, (qkv,), *qkv.unbind(-3), varlen, dropout_p, softmax_scale, causal, window_size, softcap,
+            alibi_slopes, deterministic, return_softmax, is_grad_enabled, learnable_sink, attn_bias,
+        )  # fmt: skip
+
+    @staticmethod
+    def backward(ctx, dout, *grads):
+        dqkv, dsink, dbias = _qkvpacked_gradients(ctx, dout, grads)
+        return dqkv, *(None,) * 11, dsink, dbias
