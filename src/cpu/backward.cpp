@@ -94,6 +94,14 @@ double sink_gradient(const Problem& p, const Sequence& seq, int64_t head, const 
   return sum;
 }
 
+/// The same for queries without keys: the sink has probability 1 and out is 0, so only dlse reaches it.
+double sink_gradient_without_keys(const Problem& p, const Sequence& seq, int64_t head) {
+  double sum = 0;
+  for (int64_t i = 0; p.dlse.present() && i < seq.seqlen_q; ++i)
+    sum += *reinterpret_cast<const float*>(p.dlse.at(seq.q_batch, seq.q_row + i, head));
+  return sum;
+}
+
 /// What is left of the chain rule: x = q_factor * q . k, and the logit is x * ln 2, or softcap * tanh(x).
 float dx_factor(const ScorePipeline& s) { return static_cast<float>(s.softcap > 0 ? s.softcap : kLn2); }
 
@@ -219,7 +227,10 @@ void backward(const Problem& p) {
 
   for (int64_t h = 0; !dsink.empty() && h < p.nheads; ++h) {
     double sum = 0;
-    for (int64_t b = 0; b < p.batch; ++b) sum += dsink[static_cast<std::size_t>(b * p.nheads + h)];
+    for (int64_t b = 0; b < p.batch; ++b) {
+      const Sequence s = p.sequences.at(b);
+      sum += s.empty() ? sink_gradient_without_keys(p, s, h) : dsink[static_cast<std::size_t>(b * p.nheads + h)];
+    }
     *reinterpret_cast<float*>(p.dsink.at(0, 0, h)) = static_cast<float>(sum);
   }
 }

@@ -61,10 +61,11 @@ inline void backward(const BackwardTask& t) {
         float delta = t.delta[r0 + r];
         if (t.softcap_log2 != 0.0f) softcap_gradient_row(s, u, n, t.softcap_log2, delta), delta = 0.0f;
         if (t.slope_log2) alibi_row(s, n, t.slope_log2[r0 + r], t.position[r0 + r] - first);
-        const int64_t lo = t.lo[r0 + r] - first, hi = t.hi[r0 + r] - first;
-        if (partial) fill_outside(s, n, lo, hi, -kInfinity);
         probability_row(s, u, n, t.base[r0 + r], delta);
-        if (partial) fill_outside(u, n, lo, hi, 0.0f);  // p is 0 there, but 0 * u may be NaN
+        if (!partial) continue;
+        const int64_t lo = t.lo[r0 + r] - first, hi = t.hi[r0 + r] - first;
+        fill_outside(s, n, lo, hi, 0.0f);  // after the exponential: base and u may be NaN, and unseen keys must be 0
+        fill_outside(u, n, lo, hi, 0.0f);
       }
 
       if (!(partial && (t.row_special[r0 / kBackwardGroup] || any_special(t.k_special, first, last)))) {
