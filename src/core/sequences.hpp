@@ -1,0 +1,13 @@
+// From the public Sequences to the checked SequenceTable.
+#pragma once
+
+#include "core/overlap.hpp"
+#include "core/problem.hpp"
+
+namespace flash_attn {
+
+/// Decides the layout by which of `s` is present, checks the ranks and shapes of q, k, v and all of `s`, and fills the
+/// dimensions of `p` (batch, nheads, headdim, rows, lengths) and p.sequences. Contents are read on the CPU only.
+void read_sequences(const Tensor& q, const Tensor& k, const Tensor& v, const Sequences& s, Memory& memory, Problem& p);
+
+}  // namespace flash_attn
