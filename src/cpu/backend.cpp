@@ -25,8 +25,8 @@ class CpuBackend final : public Backend {
     if (p.pass == Pass::backward) return cpu::describe(cpu::make_backward_plan(p, k), k);
     return cpu::describe(cpu::make_plan(p, k), k);
   }
-  void forward(const Problem& p) const override { cpu::forward(p); }
-  void backward(const Problem& p) const override { cpu::backward(p); }
+  void forward(const Problem& p) const override { cpu::forward(p, cpu::active_kernels()); }
+  void backward(const Problem& p) const override { cpu::backward(p, cpu::active_kernels()); }
 };
 
 }  // namespace

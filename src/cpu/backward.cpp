@@ -9,7 +9,6 @@
 
 #include "cpu/arena.hpp"
 #include "cpu/driver.hpp"
-#include "cpu/isa.hpp"
 #include "cpu/plan.hpp"
 #include "cpu/threads.hpp"
 
@@ -192,8 +191,7 @@ void reduce_dq(const Problem& p, const Kernels& k, const BackwardPlan& plan, con
 
 }  // namespace
 
-void backward(const Problem& p) {
-  const Kernels& k = active_kernels();
+void backward(const Problem& p, const Kernels& k) {
   clear_if_uncovered(p);
   const BackwardPlan plan = make_backward_plan(p, k);
   const int workers = max_workers();

@@ -30,7 +30,7 @@ double sink_logit(const ScorePipeline& s, int64_t head);
 /// outputs are cleared as a whole if there are any. out, dq, dk, dv: 0; lse: what a row that sees nothing has.
 void clear_if_uncovered(const Problem& p);
 
-void forward(const Problem& problem);
-void backward(const Problem& problem);
+void forward(const Problem& problem, const Kernels& kernels);
+void backward(const Problem& problem, const Kernels& kernels);
 
 }  // namespace flash_attn::cpu

@@ -5,7 +5,6 @@
 
 #include "cpu/arena.hpp"
 #include "cpu/driver.hpp"
-#include "cpu/isa.hpp"
 #include "cpu/plan.hpp"
 #include "cpu/threads.hpp"
 
@@ -113,8 +112,7 @@ struct Work {
 
 }  // namespace
 
-void forward(const Problem& p) {
-  const Kernels& k = active_kernels();
+void forward(const Problem& p, const Kernels& k) {
   clear_if_uncovered(p);
   const Plan plan = make_plan(p, k);
   const int workers = max_workers();

@@ -1,0 +1,143 @@
+// The CPU kernels of every instruction set that runs here, against the oracle, over random calls.
+#include <gtest/gtest.h>
+
+#include <random>
+
+#include "core/problem.hpp"
+#include "cpu/driver.hpp"
+#include "cpu/isa.hpp"
+#include "support/attention_case.hpp"
+#include "support/compare.hpp"
+
+namespace flash_attn::test {
+namespace {
+
+class Draw {
+ public:
+  explicit Draw(uint64_t seed) : random_(seed) {}
+  int64_t between(int64_t a, int64_t b) { return std::uniform_int_distribution<int64_t>(a, b)(random_); }
+  bool one_in(int64_t n) { return between(1, n) == 1; }
+  template <class T>
+  T of(std::initializer_list<T> choices) {
+    return choices.begin()[between(0, static_cast<int64_t>(choices.size()) - 1)];
+  }
+
+ private:
+  std::mt19937_64 random_;
+};
+
+AttentionCase random_case(uint64_t seed) {
+  Draw draw(seed);
+  Dims d;
+  d.batch = draw.between(1, 3);
+  d.nheads_k = draw.between(1, 3);
+  d.nheads = d.nheads_k * draw.between(1, 3);
+  d.headdim = draw.one_in(5) ? draw.between(129, 256) : draw.between(1, 128);
+  d.headdim_v = draw.one_in(4) ? draw.between(1, 150) : d.headdim;
+  d.seqlen_q = draw.one_in(5) ? 1 : draw.between(0, draw.one_in(8) ? 300 : 70);
+  d.seqlen_k = draw.between(0, draw.one_in(8) ? 700 : 200);
+  const DType dtype = draw.of({DType::f32, DType::bf16, DType::f16});
+
+  AttentionCase c;
+  if (draw.one_in(2)) {
+    std::vector<int32_t> q, k;
+    for (int64_t b = 0; b < d.batch; ++b) {
+      q.push_back(static_cast<int32_t>(draw.between(0, d.seqlen_q)));
+      k.push_back(static_cast<int32_t>(draw.one_in(6) ? 0 : draw.between(0, d.seqlen_k)));
+    }
+    c = AttentionCase::packed(dtype, q, k, d, seed, draw.between(0, 2));
+  } else {
+    const Layout layout = draw.one_in(2) ? Layout{} : Layout{{0, 2, 1, 3}, draw.between(1, 2), draw.between(0, 3)};
+    c = AttentionCase::fixed(dtype, d, seed, layout);
+  }
+  Scores& s = c.scores;
+  s.causal = draw.one_in(3);
+  if (draw.one_in(3)) s.window_left = draw.between(0, d.seqlen_k + 5);
+  if (draw.one_in(3)) s.window_right = draw.between(0, d.seqlen_k + 5);
+  if (draw.one_in(6)) s.attention_chunk = draw.between(1, d.seqlen_k + 1);
+  if (draw.one_in(3)) s.softcap = draw.of({1.5, 30.0});
+  if (draw.one_in(5)) s.softmax_scale = draw.of({-0.3, 1.5 / std::sqrt(static_cast<double>(d.headdim))});
+  if (draw.one_in(3)) c.alibi = HostTensor::normal(DType::f32, {d.nheads}, seed + 7, 0.3);
+  if (draw.one_in(4)) c.sink = HostTensor::normal(DType::f32, {d.nheads}, seed + 8);
+  if (draw.one_in(2)) c.dlse = HostTensor();  // no gradient through lse
+  c.run.positive_empty_lse = draw.one_in(2);
+  return c;
+}
+
+/// A few units in the last place of the results' dtype, at the results' scale (about 1; gradients up to about 30).
+double tolerance(DType dtype) { return dtype == DType::f32 ? 2e-5 : dtype == DType::bf16 ? 8e-3 : 1e-3; }
+
+class AgainstOracle : public ::testing::TestWithParam<uint64_t> {};
+
+TEST_P(AgainstOracle, ForwardAndBackward) {
+  AttentionCase want = random_case(GetParam());
+  want.run.backend = "reference";
+  forward(want.forward_call());
+  backward(want.backward_call());
+  for (const cpu::Kernels* kernels : cpu::usable_kernels()) {
+    SCOPED_TRACE(kernels->name);
+    AttentionCase got = random_case(GetParam());
+    const double atol = tolerance(got.q.dtype());
+    cpu::forward(make_problem(got.forward_call()), *kernels);
+    EXPECT_TRUE(close(got.out, want.out, atol, atol));
+    EXPECT_TRUE(close(got.lse, want.lse, 1e-5, 1e-6));
+    EXPECT_TRUE(got.out.gaps_untouched());
+
+    got.out = want.out, got.lse = want.lse;
+    cpu::backward(make_problem(got.backward_call()), *kernels);
+    EXPECT_TRUE(close(got.dq, want.dq, 4 * atol, atol));
+    EXPECT_TRUE(close(got.dk, want.dk, 4 * atol, atol));
+    EXPECT_TRUE(close(got.dv, want.dv, 4 * atol, atol));
+    if (got.sink.present()) { EXPECT_TRUE(close(got.dsink, want.dsink, 40 * atol, atol)); }
+    EXPECT_TRUE(got.dq.gaps_untouched() && got.dk.gaps_untouched() && got.dv.gaps_untouched());
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Random, AgainstOracle, ::testing::Range(uint64_t{1}, uint64_t{161}));
+
+/// A NaN reaches the rows that see it and no other, through tiles that mix both: keys from the last sequence positions,
+/// rows of a causal triangle.
+TEST(Cpu, NanReachesExactlyWhatDependsOnIt) {
+  for (const cpu::Kernels* kernels : cpu::usable_kernels()) {
+    SCOPED_TRACE(kernels->name);
+    for (int64_t poisoned : {0, 63, 64, 100, 149}) {
+      const Dims d{1, 150, 150, 2, 1, 40, 40};
+      AttentionCase got = AttentionCase::fixed(DType::f32, d);
+      got.scores.causal = true;
+      got.dlse = HostTensor();
+      got.k.put(NAN, 0, poisoned, 0, 5);
+      got.v.put(INFINITY, 0, poisoned, 0, 6);
+      AttentionCase want = got;
+      want.run.backend = "reference";
+      forward(want.forward_call());
+      backward(want.backward_call());
+      cpu::forward(make_problem(got.forward_call()), *kernels);
+      EXPECT_TRUE(close(got.out, want.out, 1e-5));
+      got.out = want.out, got.lse = want.lse;
+      cpu::backward(make_problem(got.backward_call()), *kernels);
+      EXPECT_TRUE(close(got.dq, want.dq, 1e-4));
+      EXPECT_TRUE(close(got.dk, want.dk, 1e-4));
+      EXPECT_TRUE(close(got.dv, want.dv, 1e-4));
+    }
+  }
+}
+
+TEST(Cpu, PagesChunksAndPaddingAreJustOtherSequences) {
+  // Three pages of 16 keys, in a shuffled order, of which the first 5 keys are padding and the last 3 unused.
+  const Dims d{1, 9, 48, 2, 1, 24, 24};
+  AttentionCase got = AttentionCase::fixed(DType::bf16, d);
+  got.k = HostTensor::normal(DType::bf16, {7, 16, 1, 24}, 3), got.v = HostTensor::normal(DType::bf16, {7, 16, 1, 24}, 4);
+  got.block_table = HostTensor::ints({6, 0, 3}, {1, 3});
+  got.leftpad_k = HostTensor::ints({5});
+  got.seqused_k = HostTensor::ints({45});
+  got.scores.causal = true;
+  AttentionCase want = got;
+  want.run.backend = "reference", got.run.backend = "cpu";
+  forward(want.forward_call());
+  forward(got.forward_call());
+  EXPECT_TRUE(close(got.out, want.out, 8e-3, 8e-3));
+  EXPECT_TRUE(close(got.lse, want.lse, 1e-5));
+}
+
+}  // namespace
+}  // namespace flash_attn::test
