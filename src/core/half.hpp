@@ -1,8 +1,8 @@
 // fp16 (IEEE binary16) and bfloat16 as bit patterns: exact widening, and narrowing that rounds once.
 //
-// Both formats are 1 sign bit, kExp exponent bits and kMant fraction bits. Narrowing takes a double, because every float
-// is one: the nearest representable value, ties to the even pattern, overflow to infinity, NaN to a quiet NaN. Going
-// through float on the way would round twice and miss ties.
+// Both formats are 1 sign bit, kExp exponent bits and kMant fraction bits. Narrowing takes a double, because every
+// float is one: the nearest representable value, ties to the even pattern, overflow to infinity, NaN to a quiet NaN.
+// Going through float on the way would round twice and miss ties.
 #pragma once
 
 #include <bit>

@@ -8,7 +8,9 @@ namespace {
 class ReferenceBackend final : public Backend {
  public:
   std::string_view name() const override { return "reference"; }
-  std::string_view description() const override { return "the formula in plain loops, in double: slow, the measure of the others"; }
+  std::string_view description() const override {
+    return "the formula in plain loops, in double: slow, the measure of the others";
+  }
   std::string refuses(const Problem& problem) const override {
     return problem.device.is_cpu() ? "" : "device: computes in CPU memory only";
   }

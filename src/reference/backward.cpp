@@ -10,9 +10,9 @@
 //   dsink   = P_sink (0 - delta + e)      the sink is a logit whose value vector is 0
 //   dbias_j = ds_j,   du_j = ds_j (ds/du)_j,   dq = scale sum_j du_j k_j,   dk_j += scale du_j q
 //
-// P is computed afresh from q and k; the rounded out and lse of the call are not used. A row that sees nothing has P = 0
-// and leaves no gradient. Everything is summed in double and rounded once, at the end: dk and dv of one head of keys,
-// over all its sequences and query heads; dbias and dsink over all they are broadcast to.
+// P is computed afresh from q and k; the rounded out and lse of the call are not used. A row that sees nothing has
+// P = 0 and leaves no gradient. Everything is summed in double and rounded once, at the end: dk and dv of one head of
+// keys over all its sequences and query heads, dbias and dsink over all they are broadcast to.
 #include "reference/reference.hpp"
 #include "reference/softmax_row.hpp"
 
@@ -35,16 +35,15 @@ class KeyGradient {
   Matrix sum_;
 };
 
-/// Sums of dbias, (batch | 1, seqlen_q | 1, nheads | 1, seqlen_k): a broadcast dimension has stride 0.
+/// Sums of dbias, of the bias's own shape: a broadcast dimension has extent 1 and takes the sum.
 class BiasGradient {
  public:
   explicit BiasGradient(const Problem& p)
       : x_(p.dbias),
-        batch_(x_.stride_batch ? p.batch : 1),
-        rows_(x_.stride_row ? (p.sequences.cu_seqlens_q ? p.max_seqlen_q : p.sequences.seqlen_q) : 1),
-        heads_(x_.stride_head ? p.nheads : 1),
-        sum_(x_.present() ? batch_ * rows_ * heads_ : 0,
-             p.sequences.cu_seqlens_k ? p.max_seqlen_k : p.sequences.seqlen_k) {}
+        batch_(p.scores.bias_shape[0]),
+        heads_(p.scores.bias_shape[1]),
+        rows_(p.scores.bias_shape[2]),
+        sum_(x_.present() ? batch_ * rows_ * heads_ : 0, p.scores.bias_shape[3]) {}
 
   std::span<double> row(int64_t b, int64_t i, int64_t h) {
     return sum_.row(((batch_ > 1 ? b : 0) * rows_ + (rows_ > 1 ? i : 0)) * heads_ + (heads_ > 1 ? h : 0));
@@ -59,7 +58,7 @@ class BiasGradient {
 
  private:
   Operand x_;
-  int64_t batch_, rows_, heads_;
+  int64_t batch_, heads_, rows_;
   Matrix sum_;
 };
 

@@ -44,7 +44,9 @@ inline char* element(const Operand& x, int64_t batch, int64_t row, int64_t head,
 }
 
 inline void load_row(const Operand& x, int64_t batch, int64_t row, int64_t head, std::span<double> to) {
-  for (std::size_t c = 0; c < to.size(); ++c) to[c] = load(element(x, batch, row, head, static_cast<int64_t>(c)), x.dtype);
+  for (std::size_t c = 0; c < to.size(); ++c) {
+    to[c] = load(element(x, batch, row, head, static_cast<int64_t>(c)), x.dtype);
+  }
 }
 
 inline void store_row(const Operand& x, int64_t batch, int64_t row, int64_t head, std::span<const double> from) {
