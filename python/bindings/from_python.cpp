@@ -8,6 +8,8 @@
 namespace flash_attn::python {
 namespace {
 
+std::string text(nb::handle object) { return nb::cast<std::string>(nb::steal<nb::str>(PyObject_Str(object.ptr()))); }
+
 std::string class_name(nb::handle object) { return nb::cast<std::string>(nb::handle(object.type()).attr("__name__")); }
 
 std::optional<DType> dtype_of(dlpack::DataType t) {
@@ -22,8 +24,10 @@ std::optional<DType> dtype_of(dlpack::DataType t) {
 }
 
 std::string dtype_name(nb::handle object) {
-  if (!nb::hasattr(object, "dtype")) return "another dtype";
-  return nb::cast<std::string>(nb::str(object.attr("dtype")));
+  if (!nb::hasattr(object, "dtype")) return "another";
+  const nb::object dtype = object.attr("dtype");
+  const std::string name = text(dtype);
+  return name.starts_with("torch.") ? name.substr(6) : name;
 }
 
 Tensor convert(const dlpack::Tensor& from, nb::handle object, const char* name) {
@@ -78,8 +82,22 @@ const dlpack::ExchangeApi* exchange_api(PyTypeObject* type) {
   return api;
 }
 
+/// torch's lazily negated views (the imaginary part of a conjugate) export the memory without the sign.
+nb::object with_sign(nb::handle object) {
+  if (!nb::hasattr(object, "is_neg") || !nb::cast<bool>(object.attr("is_neg")())) return nb::borrow(object);
+  return object.attr("resolve_neg")();
+}
+
+/// The producer's own reason, without the trace that it may carry.
+[[noreturn]] void refuse_export(const char* name) {
+  nb::python_error reason;
+  const std::string message = text(reason.value());
+  throw Error(ErrorCode::invalid_argument, std::string(name) + ": expected a dense tensor with memory, got one that " +
+                                               "cannot be exported: " + message.substr(0, message.find('\n')));
+}
+
 Tensor from_capsule(nb::handle object, const char* name, Owners& owners) {
-  nb::object source = nb::borrow(object);
+  nb::object source = with_sign(object);
   if (nb::hasattr(source, "detach")) source = source.attr("detach")();
   nb::object capsule = source.attr("__dlpack__")();
   owners.push_back(capsule);  // unconsumed: it frees what it owns when it goes
@@ -99,8 +117,10 @@ Tensor from_capsule(nb::handle object, const char* name, Owners& owners) {
 Tensor tensor(nb::handle object, const char* name, Owners& owners) {
   if (object.is_none()) return {};
   if (const dlpack::ExchangeApi* api = exchange_api(Py_TYPE(object.ptr()))) {
+    const nb::object source = with_sign(object);
+    if (!source.is(object)) owners.push_back(source);
     dlpack::Tensor borrowed;
-    if (api->tensor_from_object(object.ptr(), &borrowed) != 0) nb::raise_python_error();
+    if (api->tensor_from_object(source.ptr(), &borrowed) != 0) refuse_export(name);
     return convert(borrowed, object, name);
   }
   if (!nb::hasattr(object, "__dlpack__")) {
@@ -124,7 +144,7 @@ int64_t integer(nb::handle object, const char* name) {
     const int64_t value = PyLong_AsLongLongAndOverflow(object.ptr(), &overflow);
     if (!overflow) return value;
     throw Error(ErrorCode::invalid_argument, std::string(name) + ": expected an integer of 64 bits, got " +
-                                                 nb::cast<std::string>(nb::str(object)));
+                                                 text(object));
   }
   PyObject* index = PyNumber_Index(object.ptr());
   if (!index) {

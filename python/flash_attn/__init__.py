@@ -13,6 +13,7 @@ __version__ = __upstream_version__
 from flash_attn._backend import Backend, backend, backends
 from flash_attn._C import cpu_isa, cpu_isas, num_threads, set_num_threads
 from flash_attn._C import version as _version
+from flash_attn._explain import Candidate, Explanation, explain
 from flash_attn.flash_attn_interface import (
     flash_attn_func,
     flash_attn_kvpacked_func,
@@ -26,10 +27,13 @@ __plus_version__ = _version()
 
 __all__ = [
     "Backend",
+    "Candidate",
+    "Explanation",
     "backend",
     "backends",
     "cpu_isa",
     "cpu_isas",
+    "explain",
     "flash_attn_func",
     "flash_attn_kvpacked_func",
     "flash_attn_qkvpacked_func",

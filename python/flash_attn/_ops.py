@@ -100,7 +100,8 @@ def _forward_op(
     q, k, v, dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes,
     return_softmax, attn_bias=None, learnable_sink=None,
 ):  # fmt: skip
-    scores = (softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes, attn_bias, learnable_sink)
+    window = (window_size_left, window_size_right)
+    scores = (softmax_scale, causal, *window, softcap, alibi_slopes, attn_bias, learnable_sink)
     return _run_forward(q, k, v, dropout_p, return_softmax, scores, (None,) * 7)
 
 
@@ -127,7 +128,8 @@ def _varlen_forward_op(
     leftpad_k=None, seqused_k=None, zero_tensors=False, num_splits=0, attn_bias=None, learnable_sink=None,
 ):  # fmt: skip
     # zero_tensors and num_splits say how to compute, not what: rows of no sequence are always zero here.
-    scores = (softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes, attn_bias, learnable_sink)
+    window = (window_size_left, window_size_right)
+    scores = (softmax_scale, causal, *window, softcap, alibi_slopes, attn_bias, learnable_sink)
     sequences = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k, leftpad_k, block_table)
     return _run_forward(q, k, v, dropout_p, return_softmax, scores, sequences)
 
@@ -173,7 +175,8 @@ def _backward_op(
     softcap, alibi_slopes, deterministic, rng_state=None, dlse=None, attn_bias=None, learnable_sink=None,
     dbias=None, dsink=None,
 ):  # fmt: skip
-    scores = (softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes, attn_bias, learnable_sink)
+    window = (window_size_left, window_size_right)
+    scores = (softmax_scale, causal, *window, softcap, alibi_slopes, attn_bias, learnable_sink)
     dropout = (dropout_p, *_seed_and_offset(dropout_p, rng_state))
     _C.backward(
         dout, q, k, v, out, softmax_lse, dq, dk, dv, dlse, dbias, dsink,
@@ -206,7 +209,8 @@ def _varlen_backward_op(
     softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes, deterministic, rng_state=None,
     zero_tensors=False, dlse=None, attn_bias=None, learnable_sink=None, dbias=None, dsink=None,
 ):  # fmt: skip
-    scores = (softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes, attn_bias, learnable_sink)
+    window = (window_size_left, window_size_right)
+    scores = (softmax_scale, causal, *window, softcap, alibi_slopes, attn_bias, learnable_sink)
     sequences = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, None, None, None)
     dropout = (dropout_p, *_seed_and_offset(dropout_p, rng_state))
     _C.backward(

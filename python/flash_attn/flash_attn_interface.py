@@ -188,17 +188,22 @@ def _check_packed(name: str, x: Tensor, ndim: int, parts: int) -> None:
 
 
 def _needs_grad(learnable_sink, attn_bias, *inputs) -> bool:
-    return _grad_enabled() and any(x is not None and x.requires_grad for x in (*inputs, learnable_sink, attn_bias))
+    if not _grad_enabled():
+        return False
+    for x in (*inputs, learnable_sink, attn_bias):
+        if getattr(x, "requires_grad", False):
+            return True
+    return False
 
 
 def _infer(
-    q, k, v, varlen, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
+    q, k, v, sequences, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
     return_attn_probs, learnable_sink, attn_bias,
 ):  # fmt: skip
-    """The short way. `varlen`: cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k, leftpad_k, block_table."""
+    """The short way. `sequences`: the seven options from cu_seqlens_q on (_options.py)."""
     if dropout_p != 0.0:
         scores = (softmax_scale, causal, *window_size, softcap, alibi_slopes, attn_bias, learnable_sink)
-        results = _ops._run_forward(q, k, v, dropout_p, return_attn_probs, scores, varlen)
+        results = _ops._run_forward(q, k, v, dropout_p, return_attn_probs, scores, sequences)
         return results[:3] if return_attn_probs else results[0]
     out = _ops.empty_out(q, v)
     lse = _ops.empty_lse(q) if return_attn_probs else None
@@ -206,7 +211,7 @@ def _infer(
     _C.forward(
         q, k, v, out, lse,
         (
-            softmax_scale, causal, left, right, softcap, alibi_slopes, attn_bias, learnable_sink, *varlen,
+            softmax_scale, causal, left, right, softcap, alibi_slopes, attn_bias, learnable_sink, *sequences,
             0.0, 0, 0, current(), deterministic,
         ),
     )  # fmt: skip
@@ -235,7 +240,7 @@ def flash_attn_qkvpacked_func(
     The gradient is one dqkv, written in place of slices that would have to be stacked.
     """
     _check_packed("qkv", qkv, 5, 3)
-    if not _needs_grad(learnable_sink, attn_bias, qkv) and _ops.is_plain(qkv, qkv, qkv):
+    if _ops.is_plain(qkv, qkv, qkv) and not _needs_grad(learnable_sink, attn_bias, qkv):
         return _infer(
             *qkv.unbind(2), _FIXED, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
             deterministic, return_attn_probs, learnable_sink, attn_bias,
@@ -264,7 +269,7 @@ def flash_attn_kvpacked_func(
     """q (batch, seqlen_q, nheads, headdim), kv (batch, seqlen_k, 2, nheads_k, headdim) -> out; see flash_attn_func."""
     _check_tensors(q=q)
     _check_packed("kv", kv, 5, 2)
-    if not _needs_grad(learnable_sink, attn_bias, q, kv) and _ops.is_plain(q, kv, kv):
+    if _ops.is_plain(q, kv, kv) and not _needs_grad(learnable_sink, attn_bias, q, kv):
         return _infer(
             q, *kv.unbind(2), _FIXED, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
             deterministic, return_attn_probs, learnable_sink, attn_bias,
@@ -304,15 +309,10 @@ def flash_attn_func(
     return_attn_probs: -> out, softmax_lse (batch, nheads, seqlen_q) fp32 (natural logarithm; +inf where a row sees no
         key), and S_dmask, which is empty without dropout.
     """
-    if (
-        _ops.is_plain(q, k, v)
-        and learnable_sink is None
-        and attn_bias is None
-        and not (_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad))
-    ):
+    if _ops.is_plain(q, k, v) and not _needs_grad(learnable_sink, attn_bias, q, k, v):
         return _infer(
             q, k, v, _FIXED, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
-            deterministic, return_attn_probs, None, None,
+            deterministic, return_attn_probs, learnable_sink, attn_bias,
         )  # fmt: skip
     _check_tensors(q=q, k=k, v=v)
     return FlashAttnFunc.apply(
@@ -341,8 +341,9 @@ def flash_attn_varlen_qkvpacked_func(
 
     See flash_attn_varlen_func.
     """
+    _check_tensors(cu_seqlens=cu_seqlens)
     _check_packed("qkv", qkv, 4, 3)
-    if not _needs_grad(learnable_sink, attn_bias, qkv) and _ops.is_plain(qkv, qkv, qkv):
+    if _ops.is_plain(qkv, qkv, qkv) and not _needs_grad(learnable_sink, attn_bias, qkv):
         varlen = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, None, None, None)
         return _infer(
             *qkv.unbind(1), varlen, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
@@ -374,9 +375,9 @@ def flash_attn_varlen_kvpacked_func(
     attn_bias=None,
 ):
     """q (total_q, nheads, headdim), kv (total_k, 2, nheads_k, headdim) -> out; see flash_attn_varlen_func."""
-    _check_tensors(q=q)
+    _check_tensors(q=q, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
     _check_packed("kv", kv, 4, 2)
-    if not _needs_grad(learnable_sink, attn_bias, q, kv) and _ops.is_plain(q, kv, kv):
+    if _ops.is_plain(q, kv, kv) and not _needs_grad(learnable_sink, attn_bias, q, kv):
         varlen = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, None, None, None)
         return _infer(
             q, *kv.unbind(1), varlen, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
@@ -416,16 +417,16 @@ def flash_attn_varlen_func(
     are pages (num_blocks, page_size, nheads_k, headdim). Options as in flash_attn_func; softmax_lse is
     (nheads, total_q). -> out (total_q, nheads, headdim).
     """
-    if not _needs_grad(learnable_sink, attn_bias, *(x for x in (q, k, v) if isinstance(x, Tensor))) and _ops.is_plain(
-        q, k, v
-    ):
+    _check_tensors(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+    if _ops.is_plain(q, k, v) and not _needs_grad(learnable_sink, attn_bias, q, k, v):
         varlen = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, None, None, block_table)
         return _infer(
             q, k, v, varlen, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
             return_attn_probs, learnable_sink, attn_bias,
         )  # fmt: skip
-    _check_tensors(q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+    _check_tensors(q=q, k=k, v=v)
     return FlashAttnVarlenFunc.apply(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal, window_size,
-        softcap, alibi_slopes, deterministic, return_attn_probs, block_table, _grad_enabled(), learnable_sink, attn_bias,
+        softcap, alibi_slopes, deterministic, return_attn_probs, block_table, _grad_enabled(), learnable_sink,
+        attn_bias,
     )  # fmt: skip
