@@ -42,7 +42,7 @@ class Scale:
 
 
 FULL = Scale(1.5, CASES, Config(), 1536, 85.0, 10_000, 300)
-QUICK = Scale(0.05, QUICK_CASES, Config(layers=2, nheads=2, headdim=32, context=128), 1024, 6.0, 40, 40)
+QUICK = Scale(0.05, QUICK_CASES, Config(layers=2, nheads=2, headdim=32, context=128), 1024, 300.0, 40, 40)
 
 
 def processor() -> str:
