@@ -144,7 +144,7 @@ void run_explain(const Flags& flags, const JsonOption& json) {
     }
     table.print();
     if (chosen.empty()) {
-      fmt::print("\nNobody serves this call.\n");
+      fmt::print("\nNobody serves this call unasked; --backend NAME asks for one that does.\n");
     } else {
       fmt::print("\n{}\n{}\n", painted("plan", Colour::bold), answer.plan.empty() ? "(the backend describes none)" : answer.plan);
     }

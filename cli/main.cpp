@@ -19,6 +19,7 @@ int main(int argc, char** argv) {
   app.failure_message([](const CLI::App*, const CLI::Error& e) { return fmt::format("flash-attn: {}\n", e.what()); });
   cli::add_info(app);
   cli::add_explain(app);
+  cli::add_verify(app, exit_status);
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& e) {
