@@ -2,6 +2,7 @@
 #pragma once
 
 #include <functional>
+#include <ostream>
 #include <string>
 
 #include "support/attention_case.hpp"
@@ -11,6 +12,8 @@ namespace flash_attn::test {
 struct NamedCase {
   std::string name;
   std::function<AttentionCase()> make;
+
+  friend std::ostream& operator<<(std::ostream& to, const NamedCase& c) { return to << c.name; }
 };
 
 /// What can be differentiated: all but the ways to read a KV cache.

@@ -73,6 +73,31 @@ TEST(ReferenceProperties, RowsThatSeeNothingAreZero) {
   }
 }
 
+/// A bias of -inf over a whole row is a row that sees nothing, whatever gradient comes for its lse.
+TEST(ReferenceProperties, ARowHiddenByItsBiasIsZero) {
+  AttentionCase c = AttentionCase::fixed(DType::f32, {.batch = 1});
+  c.bias = HostTensor::full(DType::f32, {1, 1, 5, 7}, 0.0);
+  for (int j = 0; j < 7; ++j) c.bias.put(-INFINITY, 0, 0, 2, j);
+  for (int h = 0; h < 4; ++h) c.dlse.put(NAN, 0, h, 2);
+  forward(c), backward(c);
+  EXPECT_TRUE(all_equal(slice_rows(c.out, 2, 1), 0.0));
+  EXPECT_TRUE(all_equal(slice_rows(c.dq, 2, 1), 0.0));
+  for (int h = 0; h < 4; ++h) EXPECT_EQ(c.lse.at(0, h, 2), -INFINITY);
+  for (const HostTensor* x : {&c.dq, &c.dk, &c.dv, &c.dbias}) {
+    for (int64_t n = 0; n < x->numel(); ++n) EXPECT_TRUE(std::isfinite(x->get(n)));
+  }
+}
+
+TEST(ReferenceProperties, ARowThatSeesOnlyNaNIsNaNNotEmpty) {
+  AttentionCase c = AttentionCase::fixed(DType::f32, {.batch = 1, .seqlen_q = 7, .nheads = 1, .nheads_k = 1});
+  c.scores = {.causal = true, .window_left = 0};  // every row sees its own key
+  c.k.put(NAN, 0, 3, 0, 0);
+  forward(c), backward(c);
+  EXPECT_TRUE(all_equal(slice_rows(c.out, 3, 1), NAN));
+  EXPECT_TRUE(std::isnan(c.lse.at(0, 0, 3)));
+  EXPECT_TRUE(all_equal(slice_rows(c.dq, 3, 1), NAN));
+}
+
 TEST(ReferenceProperties, NoKeysAtAll) {
   AttentionCase c = AttentionCase::fixed(DType::f32, {.seqlen_k = 0});
   forward(c), backward(c);
