@@ -1,7 +1,9 @@
 // A new backend needs nothing but its own class: it is registered, chosen, explained, run and taken out again.
 #include <gtest/gtest.h>
 
+#include <atomic>
 #include <cstdlib>
+#include <thread>
 
 #include "core/backend.hpp"
 #include "core/calls.hpp"
@@ -136,6 +138,23 @@ TEST_F(Registry, NamesAreUniqueAndUnregisteringTakesOut) {
   error_of([] { register_backend(nullptr); }, ErrorCode::invalid_argument);
   unregister_backend("one-key");
   EXPECT_EQ(registered_backends().size(), 2u);
+}
+
+TEST(Choice, GoesOnWhileBackendsComeAndGo) {
+  std::vector<std::thread> readers;
+  std::atomic<int> served{0};
+  for (int t = 0; t < 3; ++t)
+    readers.emplace_back([&served] {
+      Store store;
+      const Forward call = one_key_call(store);
+      for (int i = 0; i < 50; ++i) served += explain(call).candidates.front().backend == "cpu";
+    });
+  for (int i = 0; i < 50; ++i) {
+    register_backend(std::make_unique<OneKeyBackend>());
+    unregister_backend("one-key");
+  }
+  for (std::thread& reader : readers) reader.join();
+  EXPECT_EQ(served.load(), 150);
 }
 
 TEST(Choice, NobodyHereServesAnotherDevice) {
