@@ -20,6 +20,7 @@ int main(int argc, char** argv) {
   cli::add_info(app);
   cli::add_explain(app);
   cli::add_verify(app, exit_status);
+  cli::add_bench(app);
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& e) {

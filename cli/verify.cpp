@@ -80,7 +80,8 @@ double largest_norm(const std::vector<double>& x, int64_t cols) {
 std::map<std::string, double> largest_terms(const Case& c, const Values& x) {
   const double scale = c.softmax_scale > 0 ? c.softmax_scale : 1 / std::sqrt(static_cast<double>(c.headdim));
   const double score = scale * largest_norm(x.at("q"), c.headdim) * largest_norm(x.at("k"), c.headdim);
-  const double dp = largest_norm(x.at("dout"), c.dim_v()) * largest_norm(x.at("v"), c.dim_v());
+  // Two terms of that size, dP and its row sum, are subtracted: each brings its rounding.
+  const double dp = 2 * largest_norm(x.at("dout"), c.dim_v()) * largest_norm(x.at("v"), c.dim_v());
   return {{"out", largest(x.at("v"))},          {"lse", score},
           {"dq", scale * dp * largest(x.at("k"))}, {"dk", scale * dp * largest(x.at("q"))},
           {"dv", largest(x.at("dout"))},        {"dbias", dp},
