@@ -61,9 +61,9 @@ def _attend(
     return (out, lse, S_dmask) if return_softmax else out
 
 
-def _differentiate(ctx, dout: Tensor, dlse: Tensor | None, dq: Tensor, dk: Tensor, dv: Tensor):
-    """Writes dq, dk and dv; -> (dsink, dbias)."""
-    q, k, v, out, lse, rng_state, alibi_slopes, cu_seqlens_q, cu_seqlens_k, sink, bias = ctx.saved_tensors
+def _differentiate(ctx, saved: tuple, dout: Tensor, dlse: Tensor | None, dq: Tensor, dk: Tensor, dv: Tensor):
+    """Writes dq, dk and dv; -> (dsink, dbias). `saved`: ctx.saved_tensors, which checkpointing lets one read once."""
+    q, k, v, out, lse, rng_state, alibi_slopes, cu_seqlens_q, cu_seqlens_k, sink, bias = saved
     dropout_p, scale, causal, left, right, softcap, deterministic, max_seqlen_q, max_seqlen_k, is_varlen = ctx.settings
     dsink = None if sink is None else torch.empty_like(sink, dtype=torch.float32)
     dbias = None if bias is None else torch.empty_like(bias, dtype=torch.float32)
@@ -98,21 +98,23 @@ def _dlse(grads: tuple) -> Tensor | None:
 
 
 def _separate_gradients(ctx, dout, grads):
-    q, k, v = ctx.saved_tensors[:3]
-    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    return dq, dk, dv, *_differentiate(ctx, dout, _dlse(grads), dq, dk, dv)
+    saved = ctx.saved_tensors
+    dq, dk, dv = (torch.empty_like(x) for x in saved[:3])
+    return dq, dk, dv, *_differentiate(ctx, saved, dout, _dlse(grads), dq, dk, dv)
 
 
 def _kvpacked_gradients(ctx, dout, grads):
-    q, k = ctx.saved_tensors[:2]
+    saved = ctx.saved_tensors
+    q, k = saved[:2]
     dq, dkv = torch.empty_like(q), k.new_empty((*k.shape[:-2], 2, *k.shape[-2:]))
-    return dq, dkv, *_differentiate(ctx, dout, _dlse(grads), dq, *dkv.unbind(-3))
+    return dq, dkv, *_differentiate(ctx, saved, dout, _dlse(grads), dq, *dkv.unbind(-3))
 
 
 def _qkvpacked_gradients(ctx, dout, grads):
-    q = ctx.saved_tensors[0]
+    saved = ctx.saved_tensors
+    q = saved[0]
     dqkv = q.new_empty((*q.shape[:-2], 3, *q.shape[-2:]))
-    return dqkv, *_differentiate(ctx, dout, _dlse(grads), *dqkv.unbind(-3))
+    return dqkv, *_differentiate(ctx, saved, dout, _dlse(grads), *dqkv.unbind(-3))
 
 
 class FlashAttnFunc(torch.autograd.Function):

@@ -187,6 +187,21 @@ def _check_packed(name: str, x: Tensor, ndim: int, parts: int) -> None:
         raise ValueError(f"{name}: expected shape ({shape}), got {tuple(x.shape)}")
 
 
+def _distinct(*tensors) -> list:
+    """The same tensors. While Dynamo traces, it refuses to see one twice among the arguments of an autograd function
+    (cu_seqlens_q is cu_seqlens_k, k is v): the second becomes a view."""
+    if not torch.compiler.is_compiling():
+        return list(tensors)
+    distinct = []
+    for x in tensors:
+        for y in distinct:
+            if x is y:
+                x = x.view_as(x)
+                break
+        distinct.append(x)
+    return distinct
+
+
 def _needs_grad(learnable_sink, attn_bias, *inputs) -> bool:
     if not _grad_enabled():
         return False
@@ -315,6 +330,7 @@ def flash_attn_func(
             deterministic, return_attn_probs, learnable_sink, attn_bias,
         )  # fmt: skip
     _check_tensors(q=q, k=k, v=v)
+    q, k, v = _distinct(q, k, v)
     return FlashAttnFunc.apply(
         q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
         return_attn_probs, _grad_enabled(), learnable_sink, attn_bias,
@@ -383,6 +399,7 @@ def flash_attn_varlen_kvpacked_func(
             q, *kv.unbind(1), varlen, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
             deterministic, return_attn_probs, learnable_sink, attn_bias,
         )  # fmt: skip
+    cu_seqlens_q, cu_seqlens_k = _distinct(cu_seqlens_q, cu_seqlens_k)
     return FlashAttnVarlenKVPackedFunc.apply(
         q, kv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal, window_size,
         softcap, alibi_slopes, deterministic, return_attn_probs, _grad_enabled(), learnable_sink, attn_bias,
@@ -425,6 +442,8 @@ def flash_attn_varlen_func(
             return_attn_probs, learnable_sink, attn_bias,
         )  # fmt: skip
     _check_tensors(q=q, k=k, v=v)
+    q, k, v = _distinct(q, k, v)
+    cu_seqlens_q, cu_seqlens_k = _distinct(cu_seqlens_q, cu_seqlens_k)
     return FlashAttnVarlenFunc.apply(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal, window_size,
         softcap, alibi_slopes, deterministic, return_attn_probs, block_table, _grad_enabled(), learnable_sink,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from flash_attn import backend, flash_attn_func, flash_attn_kvpacked_func, flash_attn_qkvpacked_func
-from support.compare import assert_as_exact, largest
+from support.compare import assert_as_exact, cancelling_terms
 from support.formula import attention
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -75,21 +75,16 @@ def results(function, tensors, extra, with_lse_gradient):
     """out, lse and the gradients of a fixed random function of both."""
     leaves = [x.detach().clone().requires_grad_() for x in (*tensors, *extra.values())]
     out, lse = function(*leaves[:3], **dict(zip(extra, leaves[3:], strict=True)))
-    g = torch.Generator().manual_seed(7)
-    dout = torch.randn(out.shape, generator=g).to(tensors[0].dtype)
+    dout = gradient_of_out(out).to(tensors[0].dtype)
     loss = (out * dout.to(out.dtype)).sum()
     if with_lse_gradient:
-        dlse = torch.randn(lse.shape, generator=g)
+        dlse = torch.randn(lse.shape, generator=torch.Generator().manual_seed(9))
         loss = loss + (torch.where(torch.isinf(lse), 0, lse) * dlse).sum()
     return [out.detach(), lse.detach(), *torch.autograd.grad(loss, leaves)]
 
 
-def size_of_terms(q, k, v, scale):
-    """What dq and dk are differences of: scale * |dout| |v| |k or q|, with dout as in `results`."""
-    dout = torch.randn((*q.shape[:-1], v.shape[-1]), generator=torch.Generator().manual_seed(7))
-    norms = [float(x.float().norm(dim=-1).max()) if x.numel() else 0.0 for x in (dout, v)]
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return scale * norms[0] * norms[1] * max(largest(q), largest(k)) * q.shape[2] / max(k.shape[2], 1)
+def gradient_of_out(out):
+    return torch.randn(out.shape, generator=torch.Generator().manual_seed(7))
 
 
 def check(function, tensors, extra, options, with_lse_gradient=False):
@@ -102,7 +97,7 @@ def check(function, tensors, extra, options, with_lse_gradient=False):
     exact = results(formula(torch.float64), *doubles, with_lse_gradient)
     plain = results(formula(dtype), tensors, extra, with_lse_gradient)
     names = ["out", "softmax_lse", "dq", "dk", "dv", *("d" + n for n in extra)]
-    lse, terms = exact[1], size_of_terms(*tensors, options.get("softmax_scale"))
+    lse, terms = exact[1], cancelling_terms(*tensors, gradient_of_out(exact[0]), options.get("softmax_scale"))
     for name, a, b, c in zip(names, ours, exact, plain, strict=True):
         assert a.dtype == (torch.float32 if name == "softmax_lse" else dtype), name
         assert_as_exact(a, b, c, name, lse, terms)

@@ -74,7 +74,7 @@ def attention(
 def attention_varlen(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, dtype: torch.dtype, **options
 ) -> tuple[Tensor, Tensor]:
-    """q (total_q, nheads, headdim) -> out (total_q, nheads, headdim_v), lse (nheads, total_q): one sequence at a time."""
+    """q (total_q, nheads, headdim) -> out (total_q, nheads, headdim_v), lse (nheads, total_q), sequence by sequence."""
     starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     slopes = options.pop("alibi_slopes", None)
     outs, lses = [], []
