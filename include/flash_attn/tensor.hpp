@@ -70,10 +70,10 @@ inline Tensor view(const void* data, DType dtype, std::initializer_list<int64_t>
   if (t.ndim > Tensor::kMaxDims) return t;  // refused by every entry point, by its rank
   int i = 0;
   for (int64_t n : shape) t.shape[i++] = n;
-  int64_t s = 1;
+  uint64_t s = 1;  // unsigned: an absurd shape wraps, and is refused by the entry points
   for (i = t.ndim - 1; i >= 0; --i) {
-    t.stride[i] = s;
-    s *= t.shape[i];
+    t.stride[i] = static_cast<int64_t>(s);
+    s *= static_cast<uint64_t>(t.shape[i]);
   }
   return t;
 }

@@ -10,6 +10,7 @@
 
 #include "flash_attn/flash_attn.hpp"
 #include "from_python.hpp"
+#include "host_threads.hpp"
 
 namespace flash_attn::python {
 namespace {
@@ -99,6 +100,7 @@ void py_forward(nb::handle q, nb::handle k, nb::handle v, nb::handle out, nb::ha
   Owners owners;
   const Forward call = make_forward(q, k, v, out, lse, options, owners);
   nb::gil_scoped_release free_interpreter;
+  follow_host_threads();
   forward(call);
 }
 
@@ -109,6 +111,7 @@ void py_backward(nb::handle dout, nb::handle q, nb::handle k, nb::handle v, nb::
   const Backward call =
       make_backward(dout, q, k, v, out, lse, dq, dk, dv, dlse, dbias, dsink, options, owners);
   nb::gil_scoped_release free_interpreter;
+  follow_host_threads();
   backward(call);
 }
 
@@ -178,8 +181,12 @@ NB_MODULE(_C, m) {
   m.def("version", &version);
   m.def("cpu_isa", &cpu_isa);
   m.def("cpu_isas", &cpu_isas);
-  m.def("num_threads", &num_threads);
-  m.def("set_num_threads", &set_num_threads, nb::arg("n"));
+  m.def("num_threads", [] {
+    follow_host_threads();
+    return num_threads();
+  });
+  m.def("set_num_threads", &choose_num_threads, nb::arg("n"));
+  adopt_host_threads();
 }
 
 }  // namespace flash_attn::python

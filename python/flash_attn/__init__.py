@@ -10,6 +10,8 @@ __path__ = extend_path(__path__, __name__)  # another distribution may add submo
 __upstream_version__ = "2.8.3"
 __version__ = __upstream_version__
 
+import torch  # noqa: F401  # first: _C runs on the threads of the OpenMP runtime that torch loads
+
 from flash_attn._backend import Backend, backend, backends
 from flash_attn._C import cpu_isa, cpu_isas, num_threads, set_num_threads
 from flash_attn._C import version as _version

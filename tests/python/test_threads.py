@@ -48,11 +48,12 @@ def test_results_do_not_depend_on_threads():
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this platform")
 def test_a_forked_child_attends():
-    want = attend()
+    q, k, v = (torch.randn(2, 300, 3, 40) for _ in range(3))  # here: torch's own operators may hang in a child
+    want = flash_attn_func(q, k, v)
     reader, writer = os.pipe()
     if (child := os.fork()) == 0:
-        ok = torch.equal(attend(), want)
-        os.write(writer, b"y" if ok else b"n")
+        same = flash_attn_func(q, k, v).numpy().tobytes() == want.numpy().tobytes()
+        os.write(writer, b"y" if same else b"n")
         os._exit(0)
     assert os.read(reader, 1) == b"y"
     os.waitpid(child, 0)
