@@ -67,6 +67,8 @@ def _seed_and_offset(dropout_p: float, rng_state: Tensor | None) -> tuple[int, i
 
 def _run_forward(q, k, v, dropout_p, return_softmax, scores, sequences):
     """-> out, softmax_lse, S_dmask, rng_state."""
+    if not isinstance(dropout_p, (int, float)):
+        raise TypeError(f"dropout_p: expected a number, got {type(dropout_p).__name__}")
     if return_softmax and dropout_p > 0:
         raise NotImplementedError("return_attn_probs: the dropout mask (S_dmask) is not available with dropout_p > 0")
     # (seed, offset), drawn from torch's generator of the device: torch.manual_seed repeats the mask.
