@@ -64,7 +64,9 @@ FLASH_ATTN_INLINE float max_lanes(vf x) {
 /// To nearest, |x| < 2^22: adding 1.5 * 2^23 leaves no bits below one.
 FLASH_ATTN_INLINE vf round(vf x) { return (x + 12582912.0f) - 12582912.0f; }
 FLASH_ATTN_INLINE vf scale_by_exponent(vf x, vf n, vf t) {
-  const vf scaled = as_float(as_int(x) + (__builtin_convertvector(n, vi) << 23));
+  using vu = uint32_t __attribute__((vector_size(4 * W)));  // unsigned: n far below -126 wraps around, and is not used
+  const vu exponent = reinterpret_cast<vu>(__builtin_convertvector(n, vi)) << 23;
+  const vf scaled = reinterpret_cast<vf>(reinterpret_cast<vu>(x) + exponent);
   const vf nan_or_scaled = t == t ? scaled : t;
   return t < all(-126.0f) ? vf{} : nan_or_scaled;
 }
