@@ -1,8 +1,9 @@
 // bench limit: which fraction of the machine's own peak the kernels reach.
 //
-// Absolute times mean little on a shared machine whose clock moves. So every kernel sample is followed by a probe sample
-// (multiply-adds on registers, in the same instruction set, on as many threads; for decode: reads of a buffer larger
-// than the caches), and the fraction is the ratio of the two minima: both are taken in the machine's best moments.
+// Absolute times mean little on a shared machine whose clock moves. So every kernel sample is followed by a probe
+// sample (multiply-adds on registers, in the same instruction set, on as many threads; for decode: reads of a buffer
+// larger than the caches), and the fraction is the ratio of the two minima: both are taken in the machine's best
+// moments.
 //
 //   flops: 4 batch nheads seqlen_q seqlen_k headdim forward (two products, two operations each), half of it under a
 //   causal mask; 2.5 times that backward (five products).
@@ -39,14 +40,17 @@ struct Cell {
   int threads;
 
   std::string title() const {
-    return fmt::format("{} {} headdim {} {} {} thread{}", name, short_name(dtype), headdim, causal ? "causal" : "full", threads,
-                       threads == 1 ? "" : "s");
+    return fmt::format("{} {} headdim {} {} {} thread{}", name, short_name(dtype), headdim, causal ? "causal" : "full",
+                       threads, threads == 1 ? "" : "s");
   }
   double flops() const {
     const double products = name == "backward" ? 10.0 : 4.0;
-    return products * static_cast<double>(nheads * seqlen_q) * static_cast<double>(seqlen_k * headdim) * (causal ? 0.5 : 1.0);
+    return products * static_cast<double>(nheads * seqlen_q) * static_cast<double>(seqlen_k * headdim) *
+           (causal ? 0.5 : 1.0);
   }
-  double bytes() const { return 2.0 * static_cast<double>(nheads_k * seqlen_k * headdim) * static_cast<double>(size_of(dtype)); }
+  double bytes() const {
+    return 2.0 * static_cast<double>(nheads_k * seqlen_k * headdim) * static_cast<double>(size_of(dtype));
+  }
 };
 
 struct Result {
@@ -60,7 +64,8 @@ struct Result {
 class Buffer {
  public:
   explicit Buffer(std::size_t bytes) : data_(std::aligned_alloc(64, (bytes + 4095) / 4096 * 4096)) {
-    if (!data_) throw Error(ErrorCode::out_of_memory, fmt::format("cannot allocate {}", bytes_text(static_cast<double>(bytes))));
+    if (!data_)
+      throw Error(ErrorCode::out_of_memory, fmt::format("cannot allocate {}", bytes_text(static_cast<double>(bytes))));
   }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
@@ -75,7 +80,8 @@ class Buffer {
 class Operand {
  public:
   Operand(DType dtype, int64_t rows, int64_t heads, int64_t cols, uint64_t seed)
-      : memory_(static_cast<std::size_t>(rows * heads * cols) * size_of(dtype)), tensor_(view(memory_.data(), dtype, {1, rows, heads, cols})) {
+      : memory_(static_cast<std::size_t>(rows * heads * cols) * size_of(dtype)),
+        tensor_(view(memory_.data(), dtype, {1, rows, heads, cols})) {
     // A period of values is enough: what matters is that none is zero or denormal.
     std::mt19937_64 generator(seed);
     std::normal_distribution<float> normal;
@@ -145,32 +151,48 @@ Result measure(const Cell& c, double budget) {
     const auto read = [&](int64_t rounds) {
       team.run([&](int t) {
         for (int64_t r = 0; r < rounds; ++r) {
-          sums[static_cast<std::size_t>(t) * 16] += probe.read(static_cast<const float*>(data.data()) + t * floats, floats);
+          sums[static_cast<std::size_t>(t) * 16] +=
+              probe.read(static_cast<const float*>(data.data()) + t * floats, floats);
         }
       });
     };
-    return interleave(c, budget, [&] { forward(forward_call); }, c.bytes(), read, 4.0 * static_cast<double>(floats * c.threads));
+    return interleave(
+        c, budget, [&] { forward(forward_call); }, c.bytes(), read, 4.0 * static_cast<double>(floats * c.threads));
   }
 
   constexpr int64_t kRounds = 20000;
   const double probe_work = probe.multiply_add(1) * kRounds * c.threads;
   const auto multiply_add = [&](int64_t rounds) { team.run([&](int) { probe.multiply_add(rounds * kRounds); }); };
-  if (c.name == "forward") return interleave(c, budget, [&] { forward(forward_call); }, c.flops(), multiply_add, probe_work);
+  if (c.name == "forward")
+    return interleave(
+        c, budget, [&] { forward(forward_call); }, c.flops(), multiply_add, probe_work);
 
   forward(forward_call);
   const Operand dout(c.dtype, c.seqlen_q, c.nheads, c.headdim, 5), dq(c.dtype, c.seqlen_q, c.nheads, c.headdim, 6),
       dk(c.dtype, c.seqlen_k, c.nheads_k, c.headdim, 7), dv(c.dtype, c.seqlen_k, c.nheads_k, c.headdim, 8);
-  const Backward backward_call{.dout = *dout, .q = *q, .k = *k, .v = *v, .out = *out, .lse = lse, .dq = *dq, .dk = *dk, .dv = *dv,
+  const Backward backward_call{.dout = *dout,
+                               .q = *q,
+                               .k = *k,
+                               .v = *v,
+                               .out = *out,
+                               .lse = lse,
+                               .dq = *dq,
+                               .dk = *dk,
+                               .dv = *dv,
                                .scores = scores};
-  return interleave(c, budget, [&] { backward(backward_call); }, c.flops(), multiply_add, probe_work);
+  return interleave(
+      c, budget, [&] { backward(backward_call); }, c.flops(), multiply_add, probe_work);
 }
 
 /// One head for each thread, so that a sample is about as long on one thread as on all.
 std::vector<Cell> cells(const Flags& flags, int all_threads) {
   std::vector<int> threads{1};
-  if (flags.threads > 0) threads = {flags.threads};
-  else if (all_threads > 1) threads.push_back(all_threads);
-  const std::vector<DType> dtypes = flags.quick ? std::vector{DType::f32, DType::bf16} : std::vector{DType::f32, DType::bf16, DType::f16};
+  if (flags.threads > 0)
+    threads = {flags.threads};
+  else if (all_threads > 1)
+    threads.push_back(all_threads);
+  const std::vector<DType> dtypes =
+      flags.quick ? std::vector{DType::f32, DType::bf16} : std::vector{DType::f32, DType::bf16, DType::f16};
   const int64_t seqlen = flags.quick ? 2048 : 4096;
   std::vector<Cell> list;
   for (const char* name : {"forward", "backward"}) {
@@ -195,26 +217,46 @@ std::vector<Cell> cells(const Flags& flags, int all_threads) {
 
 Json to_json(const Result& r, const std::string& device, const std::string& isa) {
   const Cell& c = r.cell;
-  return Json::object({{"name", c.name}, {"dtype", short_name(c.dtype)}, {"batch", 1}, {"nheads_q", c.nheads},
-                       {"nheads_k", c.nheads_k}, {"seqlen_q", c.seqlen_q}, {"seqlen", c.seqlen_k}, {"headdim", c.headdim},
-                       {"causal", c.causal}, {"threads", c.threads}, {"device", device}, {"isa", isa},
-                       {"gflops", c.flops() / r.seconds * 1e-9}, {"of_peak", r.of_peak()}, {"peer", Json()}, {"speedup", Json()}});
+  return Json::object({{"name", c.name},
+                       {"dtype", short_name(c.dtype)},
+                       {"batch", 1},
+                       {"nheads_q", c.nheads},
+                       {"nheads_k", c.nheads_k},
+                       {"seqlen_q", c.seqlen_q},
+                       {"seqlen", c.seqlen_k},
+                       {"headdim", c.headdim},
+                       {"causal", c.causal},
+                       {"threads", c.threads},
+                       {"device", device},
+                       {"isa", isa},
+                       {"gflops", c.flops() / r.seconds * 1e-9},
+                       {"of_peak", r.of_peak()},
+                       {"peer", Json()},
+                       {"speedup", Json()}});
 }
 
 void bench_limit(const Flags& flags, const JsonOption& json) {
   const std::string device = cpu_model(), isa = cpu_isa();
   const std::vector<Cell> list = cells(flags, num_threads());
-  if (list.empty()) throw Error(ErrorCode::invalid_argument, fmt::format("--filter: no cell contains \"{}\"", flags.filter));
+  if (list.empty())
+    throw Error(ErrorCode::invalid_argument, fmt::format("--filter: no cell contains \"{}\"", flags.filter));
   const double budget = flags.seconds > 0 ? flags.seconds : flags.quick ? 0.4 : 1.2;
   const bool progress = isatty(STDERR_FILENO);
-  Table table({"pass", "dtype", ">headdim", ">seqlen", "mask", ">threads", ">ms", ">GFLOP/s", ">peak", ">of peak", ">samples"});
+  Table table(
+      {"pass", "dtype", ">headdim", ">seqlen", "mask", ">threads", ">ms", ">GFLOP/s", ">peak", ">of peak", ">samples"});
   std::vector<Json> records;
   for (const Cell& c : list) {
     if (progress) fmt::print(stderr, "\r\033[K{} of {}: {}", records.size() + 1, list.size(), c.title());
     const Result r = measure(c, budget);
     const bool decode = c.name == "decode";
-    table.add({c.name, short_name(c.dtype), std::to_string(c.headdim), std::to_string(c.seqlen_k), c.causal ? "causal" : "full",
-               std::to_string(c.threads), fmt::format("{:.2f}", r.seconds * 1e3), fmt::format("{:.1f}", c.flops() / r.seconds * 1e-9),
+    table.add({c.name,
+               short_name(c.dtype),
+               std::to_string(c.headdim),
+               std::to_string(c.seqlen_k),
+               c.causal ? "causal" : "full",
+               std::to_string(c.threads),
+               fmt::format("{:.2f}", r.seconds * 1e3),
+               fmt::format("{:.1f}", c.flops() / r.seconds * 1e-9),
                fmt::format("{:.1f}{}", r.probe_rate * 1e-9, decode ? " GB/s" : ""),
                {fmt::format("{:.1f} %", 100 * r.of_peak()), r.of_peak() >= 0.8 ? Colour::green : Colour::yellow},
                std::to_string(r.samples)});
@@ -223,7 +265,8 @@ void bench_limit(const Flags& flags, const JsonOption& json) {
   set_num_threads(0);
   if (progress) fmt::print(stderr, "\r\033[K");
   if (json.tables()) {
-    fmt::print("{}, {}; batch 1, one head per thread; the probe runs between the kernel's samples, ratio of minima\n\n", device, isa);
+    fmt::print("{}, {}; batch 1, one head per thread; the probe runs between the kernel's samples, ratio of minima\n\n",
+               device, isa);
     table.print();
   }
   json.write(Json::array(records, true));
@@ -239,8 +282,10 @@ void add_bench(CLI::App& app) {
   limit->add_flag("--quick", flags->quick, "Fewer and shorter cells");
   limit->add_flag("--decode", flags->decode, "Also one query against a long cache, of the read bandwidth");
   limit->add_option("--seconds", flags->seconds, "For each cell")->check(CLI::PositiveNumber);
-  limit->add_option("--threads", flags->threads, "Only this many threads (default: one, and all)")->check(CLI::PositiveNumber);
-  limit->add_option("--filter", flags->filter, "Only cells whose words contain this: \"forward fp32 headdim 64 full 1 thread\"");
+  limit->add_option("--threads", flags->threads, "Only this many threads (default: one, and all)")
+      ->check(CLI::PositiveNumber);
+  limit->add_option("--filter", flags->filter,
+                    "Only cells whose words contain this: \"forward fp32 headdim 64 full 1 thread\"");
   const auto json = JsonOption::add_to(*limit);
   limit->callback([flags, json] { bench_limit(*flags, *json); });
 }

@@ -11,7 +11,8 @@ struct Case {
   std::string name;
   int64_t batch = 2, nheads = 2, nheads_k = 2, seqlen_q = 100, seqlen_k = 100, headdim = 64, headdim_v = 0;
 
-  // Sequences; empty vectors: absent. With lengths, q, k and v are packed; `total_*` may leave rows that belong to none.
+  // Sequences; empty vectors: absent. With lengths, q, k and v are packed; `total_*` may leave rows that belong to
+  // none.
   std::vector<int32_t> lengths_q{}, lengths_k{}, seqused_q{}, seqused_k{}, leftpad_k{}, cache_batch_idx{};
   int64_t spare_rows = 0;
   int64_t page_size = 0;
@@ -26,8 +27,8 @@ struct Case {
   double dropout = 0;
 
   // Around the call
-  bool heads_first = false;        // memory is (batch, head, row, col)
-  bool dlse = false;               // a gradient through lse as well
+  bool heads_first = false;  // memory is (batch, head, row, col)
+  bool dlse = false;         // a gradient through lse as well
   bool positive_empty_lse = false;
 
   int64_t dim_v() const { return headdim_v > 0 ? headdim_v : headdim; }

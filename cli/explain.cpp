@@ -30,10 +30,13 @@ class Reservation {
   Tensor tensor(DType dtype, std::initializer_list<int64_t> shape) {
     double bytes = static_cast<double>(size_of(dtype));
     for (const int64_t n : shape) bytes *= static_cast<double>(std::max<int64_t>(n, 0));
-    if (bytes > 0x1p46) throw Error(ErrorCode::invalid_argument, fmt::format("a tensor of {} is beyond the address space", bytes_text(bytes)));
+    if (bytes > 0x1p46)
+      throw Error(ErrorCode::invalid_argument,
+                  fmt::format("a tensor of {} is beyond the address space", bytes_text(bytes)));
     const std::size_t size = static_cast<std::size_t>(bytes) + 1;
     void* data = mmap(nullptr, size, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (data == MAP_FAILED) throw Error(ErrorCode::out_of_memory, fmt::format("cannot reserve {} of address space", bytes_text(bytes)));
+    if (data == MAP_FAILED)
+      throw Error(ErrorCode::out_of_memory, fmt::format("cannot reserve {} of address space", bytes_text(bytes)));
     maps_.emplace_back(data, size);
     return view(data, dtype, shape);
   }
@@ -74,7 +77,8 @@ Explanation ask(const Flags& f, Reservation& memory) {
   const int64_t headdim = f.headdim, headdim_v = f.headdim_v > 0 ? f.headdim_v : headdim;
   const int64_t total_q = std::accumulate(lengths_q.begin(), lengths_q.end(), int64_t{0});
   const int64_t total_k = std::accumulate(lengths_k.begin(), lengths_k.end(), int64_t{0});
-  if (varlen && f.page_size > 0) throw Error(ErrorCode::invalid_argument, "--page-size: not together with --lengths-q or --lengths-k");
+  if (varlen && f.page_size > 0)
+    throw Error(ErrorCode::invalid_argument, "--page-size: not together with --lengths-q or --lengths-k");
 
   const auto like_q = [&](int64_t d) {
     return varlen ? memory.tensor(dtype, {total_q, nheads, d}) : memory.tensor(dtype, {batch, seqlen_q, nheads, d});
@@ -107,7 +111,11 @@ Explanation ask(const Flags& f, Reservation& memory) {
   }
   if (f.leftpad) sequences.leftpad_k = memory.numbers(std::vector<int32_t>(n, 0));
 
-  Scores scores{.causal = f.causal, .window_left = f.window[0], .window_right = f.window[1], .attention_chunk = f.chunk, .softcap = f.softcap};
+  Scores scores{.causal = f.causal,
+                .window_left = f.window[0],
+                .window_right = f.window[1],
+                .attention_chunk = f.chunk,
+                .softcap = f.softcap};
   if (f.scale > 0) scores.softmax_scale = f.scale;
   if (f.alibi) scores.alibi_slopes = memory.tensor(DType::f32, {nheads});
   if (f.sink) scores.sink = memory.tensor(DType::f32, {nheads});
@@ -117,12 +125,29 @@ Explanation ask(const Flags& f, Reservation& memory) {
   const Run run{.backend = f.backend};
 
   if (!f.backward) {
-    return explain(Forward{.q = like_q(headdim), .k = like_k(headdim), .v = like_k(headdim_v), .out = like_q(headdim_v), .lse = lse(),
-                           .sequences = sequences, .scores = scores, .dropout = dropout, .run = run});
+    return explain(Forward{.q = like_q(headdim),
+                           .k = like_k(headdim),
+                           .v = like_k(headdim_v),
+                           .out = like_q(headdim_v),
+                           .lse = lse(),
+                           .sequences = sequences,
+                           .scores = scores,
+                           .dropout = dropout,
+                           .run = run});
   }
-  return explain(Backward{.dout = like_q(headdim_v), .q = like_q(headdim), .k = like_k(headdim), .v = like_k(headdim_v),
-                          .out = like_q(headdim_v), .lse = lse(), .dq = like_q(headdim), .dk = like_k(headdim),
-                          .dv = like_k(headdim_v), .sequences = sequences, .scores = scores, .dropout = dropout, .run = run});
+  return explain(Backward{.dout = like_q(headdim_v),
+                          .q = like_q(headdim),
+                          .k = like_k(headdim),
+                          .v = like_k(headdim_v),
+                          .out = like_q(headdim_v),
+                          .lse = lse(),
+                          .dq = like_q(headdim),
+                          .dk = like_k(headdim),
+                          .dv = like_k(headdim_v),
+                          .sequences = sequences,
+                          .scores = scores,
+                          .dropout = dropout,
+                          .run = run});
 }
 
 void run_explain(const Flags& flags, const JsonOption& json) {
@@ -139,14 +164,17 @@ void run_explain(const Flags& flags, const JsonOption& json) {
       if (c.chosen) {
         table.add({{c.backend, Colour::green}, {"chosen", Colour::green}});
       } else {
-        table.add({c.backend, {c.why_not.empty() ? "serves it" : "refuses: " + c.why_not, c.why_not.empty() ? Colour::none : Colour::yellow}});
+        table.add({c.backend,
+                   {c.why_not.empty() ? "serves it" : "refuses: " + c.why_not,
+                    c.why_not.empty() ? Colour::none : Colour::yellow}});
       }
     }
     table.print();
     if (chosen.empty()) {
       fmt::print("\nNobody serves this call unasked; --backend NAME asks for one that does.\n");
     } else {
-      fmt::print("\n{}\n{}\n", painted("plan", Colour::bold), answer.plan.empty() ? "(the backend describes none)" : answer.plan);
+      fmt::print("\n{}\n{}\n", painted("plan", Colour::bold),
+                 answer.plan.empty() ? "(the backend describes none)" : answer.plan);
     }
   }
   std::vector<Json> candidates;
@@ -164,7 +192,8 @@ void run_explain(const Flags& flags, const JsonOption& json) {
 }  // namespace
 
 void add_explain(CLI::App& app) {
-  CLI::App* command = app.add_subcommand("explain", "A call's Problem: every backend's answer, the choice and its plan");
+  CLI::App* command =
+      app.add_subcommand("explain", "A call's Problem: every backend's answer, the choice and its plan");
   const auto f = std::make_shared<Flags>();
   command->add_option("--batch", f->batch, "Sequences")->capture_default_str();
   command->add_option("--nheads", f->nheads, "Heads of q")->capture_default_str();

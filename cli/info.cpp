@@ -14,7 +14,9 @@ namespace {
 
 /// Which of the limits gives the number of threads in use.
 std::string what_decides(const ThreadLimits& limits, int threads) {
-  if (!limits.environment.empty()) return limits.environment;
+  if (limits.requested > 0) return "FLASH_ATTENTION_NUM_THREADS";
+  const double granted = limits.quota > 0 ? std::min<double>(limits.quota, limits.affinity) : limits.affinity;
+  if (limits.omp > 0 && limits.omp < granted) return "OMP_NUM_THREADS";
   if (limits.quota > 0 && limits.quota < limits.affinity && threads < limits.affinity) return "the cgroup's CPU quota";
   if (limits.affinity < limits.online) return "the affinity mask";
   return "the number of CPUs";
@@ -38,7 +40,8 @@ void info(const JsonOption& json) {
   const auto named = [](const char* name) { return [name](const BackendInfo& b) { return b.name == name; }; };
   if (std::none_of(backend_list.begin(), backend_list.end(), named("cuda"))) {
     const char* machine = gpu.driver || !gpu.found.empty() ? "" : "; and no NVIDIA driver was found on this machine";
-    backend_list.push_back({"cuda", "native kernels for NVIDIA GPUs", fmt::format("this version has no CUDA kernels{}", machine)});
+    backend_list.push_back(
+        {"cuda", "native kernels for NVIDIA GPUs", fmt::format("this version has no CUDA kernels{}", machine)});
   }
 
   if (json.tables()) {
@@ -54,14 +57,17 @@ void info(const JsonOption& json) {
                                   c.shared_by > 1 ? fmt::format(" (shared by {})", c.shared_by) : ""));
     }
     line("caches", texts.empty() ? "the system does not say" : fmt::format("{}", fmt::join(texts, ", ")));
-    line("threads", fmt::format("{}, decided by {} (online {}, affinity {}, cgroup quota {})", threads, decides, limits.online,
-                                limits.affinity, limits.quota > 0 ? fmt::format("{:.3g}", limits.quota) : "none"));
+    line("threads",
+         fmt::format("{}, decided by {} (online {}, affinity {}, cgroup quota {})", threads, decides, limits.online,
+                     limits.affinity, limits.quota > 0 ? fmt::format("{:.3g}", limits.quota) : "none"));
     line("gpus", gpu_text(gpu));
     fmt::print("\n");
     Table table({"backend", "state", "what it is"});
     for (const BackendInfo& b : backend_list) {
       const bool usable = b.unavailable.empty();
-      table.add({b.name, {usable ? "usable" : "missing: " + b.unavailable, usable ? Colour::green : Colour::yellow}, b.description});
+      table.add({b.name,
+                 {usable ? "usable" : "missing: " + b.unavailable, usable ? Colour::green : Colour::yellow},
+                 b.description});
     }
     table.print();
   }
@@ -76,26 +82,28 @@ void info(const JsonOption& json) {
                                          {"usable", b.unavailable.empty()},
                                          {"unavailable", b.unavailable.empty() ? Json() : Json(b.unavailable)}}));
   }
-  json.write(Json::object({{"version", version()},
-                           {"cpu", cpu_model()},
-                           {"isa", isa},
-                           {"isas", isas},
-                           {"caches", Json::array(cache_json)},
-                           {"threads", Json::object({{"default", threads},
-                                                     {"decided_by", decides},
-                                                     {"online", limits.online},
-                                                     {"affinity", limits.affinity},
-                                                     {"cgroup_quota", limits.quota > 0 ? Json(limits.quota) : Json()}})},
-                           {"gpus", gpu.found},
-                           {"cuda_driver", gpu.driver},
-                           {"backends", Json::array(backend_json)}},
-                          true));
+  json.write(
+      Json::object({{"version", version()},
+                    {"cpu", cpu_model()},
+                    {"isa", isa},
+                    {"isas", isas},
+                    {"caches", Json::array(cache_json)},
+                    {"threads", Json::object({{"default", threads},
+                                              {"decided_by", decides},
+                                              {"online", limits.online},
+                                              {"affinity", limits.affinity},
+                                              {"cgroup_quota", limits.quota > 0 ? Json(limits.quota) : Json()}})},
+                    {"gpus", gpu.found},
+                    {"cuda_driver", gpu.driver},
+                    {"backends", Json::array(backend_json)}},
+                   true));
 }
 
 }  // namespace
 
 void add_info(CLI::App& app) {
-  CLI::App* command = app.add_subcommand("info", "This machine: CPU, instruction sets, caches, threads, GPUs, backends");
+  CLI::App* command =
+      app.add_subcommand("info", "This machine: CPU, instruction sets, caches, threads, GPUs, backends");
   const auto json = JsonOption::add_to(*command);
   command->callback([json] { info(*json); });
 }

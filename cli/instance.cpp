@@ -26,7 +26,8 @@ Shapes shapes_of(const Case& c) {
     return c.packed() ? Shape{total(c.lengths_q), c.nheads, d} : Shape{batch, c.seqlen_q, c.nheads, d};
   };
   const auto rows_k = [&](int64_t d) {
-    if (c.page_size > 0) return Shape{batch * ((c.seqlen_k + c.page_size - 1) / c.page_size) + 1, c.page_size, c.nheads_k, d};
+    if (c.page_size > 0)
+      return Shape{batch * ((c.seqlen_k + c.page_size - 1) / c.page_size) + 1, c.page_size, c.nheads_k, d};
     if (c.packed()) return Shape{total(c.lengths_k), c.nheads_k, d};
     return Shape{c.cache_batch > 0 ? c.cache_batch : batch, c.seqlen_k, c.nheads_k, d};
   };
@@ -42,7 +43,9 @@ Shapes shapes_of(const Case& c) {
   return s;
 }
 
-int64_t count(const Shape& shape) { return std::accumulate(shape.begin(), shape.end(), int64_t{1}, std::multiplies<>()); }
+int64_t count(const Shape& shape) {
+  return std::accumulate(shape.begin(), shape.end(), int64_t{1}, std::multiplies<>());
+}
 
 /// Calls visit(byte offset) for every element, the last dimension fastest.
 template <class Visit>
@@ -158,7 +161,8 @@ Instance::Instance(const Case& c, DType dtype, const Values& values) : case_(c) 
 
 Tensor Instance::add(const std::string& name, DType dtype, Shape shape, bool heads_first) {
   auto& bytes = memory_[name];
-  bytes.resize(static_cast<std::size_t>(count(shape)) * size_of(dtype) + 16);  // never empty: an address even for nothing
+  bytes.resize(static_cast<std::size_t>(count(shape)) * size_of(dtype) +
+               16);  // never empty: an address even for nothing
   Tensor t;
   t.data = bytes.data();
   t.dtype = dtype;
@@ -168,7 +172,8 @@ Tensor Instance::add(const std::string& name, DType dtype, Shape shape, bool hea
   std::iota(order.begin(), order.end(), 0);
   if (heads_first && shape.size() == 4) std::swap(order[1], order[2]);
   int64_t stride = 1;
-  for (auto d = order.rbegin(); d != order.rend(); ++d) t.stride[*d] = stride, stride *= shape[static_cast<std::size_t>(*d)];
+  for (auto d = order.rbegin(); d != order.rend(); ++d)
+    t.stride[*d] = stride, stride *= shape[static_cast<std::size_t>(*d)];
   return tensors_[name] = t;
 }
 
@@ -181,16 +186,34 @@ void Instance::add_numbers(Tensor& t, const std::vector<int32_t>& values, int64_
 
 Forward Instance::forward(const std::string& backend) const {
   const auto t = [&](const char* name) { return tensors_.at(name); };
-  return {.q = t("q"), .k = t("k"), .v = t("v"), .out = t("out"), .lse = t("lse"), .sequences = sequences_, .scores = scores_,
+  return {.q = t("q"),
+          .k = t("k"),
+          .v = t("v"),
+          .out = t("out"),
+          .lse = t("lse"),
+          .sequences = sequences_,
+          .scores = scores_,
           .dropout = {.p = case_.dropout, .seed = 1234, .offset = 56},
           .run = {.backend = backend, .positive_empty_lse = case_.positive_empty_lse}};
 }
 
 Backward Instance::backward(const std::string& backend) const {
   const auto t = [&](const char* name) { return tensors_.contains(name) ? tensors_.at(name) : Tensor{}; };
-  return {.dout = t("dout"), .q = t("q"), .k = t("k"), .v = t("v"), .out = t("out"), .lse = t("lse"), .dq = t("dq"),
-          .dk = t("dk"), .dv = t("dv"), .dlse = t("dlse"), .dbias = t("dbias"), .dsink = t("dsink"), .sequences = sequences_,
-          .scores = scores_, .dropout = {.p = case_.dropout, .seed = 1234, .offset = 56},
+  return {.dout = t("dout"),
+          .q = t("q"),
+          .k = t("k"),
+          .v = t("v"),
+          .out = t("out"),
+          .lse = t("lse"),
+          .dq = t("dq"),
+          .dk = t("dk"),
+          .dv = t("dv"),
+          .dlse = t("dlse"),
+          .dbias = t("dbias"),
+          .dsink = t("dsink"),
+          .sequences = sequences_,
+          .scores = scores_,
+          .dropout = {.p = case_.dropout, .seed = 1234, .offset = 56},
           .run = {.backend = backend, .positive_empty_lse = case_.positive_empty_lse}};
 }
 

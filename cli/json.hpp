@@ -22,8 +22,7 @@ class Json {
   template <std::same_as<bool> B>
   Json(B value) : text_(value ? "true" : "false") {}
   template <std::integral I>
-    requires(!std::same_as<I, bool>)
-  Json(I value) : text_(std::to_string(value)) {}
+  requires(!std::same_as<I, bool>) Json(I value) : text_(std::to_string(value)) {}
   Json(const std::vector<std::string>& values);
 
   static Json array(const std::vector<Json>& items, bool one_per_line = false);

@@ -56,6 +56,11 @@ int64_t parse_size(const std::string& text) {
   return n;
 }
 
+int positive_variable(const char* name) {
+  const char* value = std::getenv(name);
+  return value ? std::max(0, std::atoi(value)) : 0;
+}
+
 /// CPUs granted by "quota period" (cgroup v2's cpu.max, or v1's two files); 0 if unlimited.
 double ratio(const std::string& quota, const std::string& period) {
   const double q = std::atof(quota.c_str()), p = std::atof(period.c_str());
@@ -110,7 +115,8 @@ std::vector<Cache> caches() {
     const std::string type = first_line(entry.path() / "type");
     if (type != "Data" && type != "Unified") continue;
     const std::string level = first_line(entry.path() / "level");
-    found.push_back({fmt::format("L{}{}", level, type == "Data" ? "d" : ""), parse_size(first_line(entry.path() / "size")),
+    found.push_back({fmt::format("L{}{}", level, type == "Data" ? "d" : ""),
+                     parse_size(first_line(entry.path() / "size")),
                      count_list(first_line(entry.path() / "shared_cpu_list"))});
   }
 #ifdef _SC_LEVEL1_DCACHE_SIZE
@@ -133,11 +139,8 @@ ThreadLimits thread_limits() {
   CPU_ZERO(&set);
   limits.affinity = sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set) : limits.online;
   limits.quota = cgroup_quota();
-  for (const char* name : {"FLASH_ATTENTION_NUM_THREADS", "OMP_NUM_THREADS"}) {
-    if (const char* value = std::getenv(name); value && limits.environment.empty()) {
-      limits.environment = fmt::format("{}={}", name, value);
-    }
-  }
+  limits.requested = positive_variable("FLASH_ATTENTION_NUM_THREADS");
+  limits.omp = positive_variable("OMP_NUM_THREADS");
   return limits;
 }
 
@@ -146,7 +149,8 @@ Gpus gpus() {
   std::error_code none;
   for (const auto& entry : fs::directory_iterator("/proc/driver/nvidia/gpus", none)) {
     const std::string model = field(entry.path() / "information", "Model");
-    gpus.found.push_back(fmt::format("{} ({})", model.empty() ? "NVIDIA GPU" : model, entry.path().filename().string()));
+    gpus.found.push_back(
+        fmt::format("{} ({})", model.empty() ? "NVIDIA GPU" : model, entry.path().filename().string()));
   }
   for (const char* name : {"libcuda.so.1", "libcuda.so"}) {
     if (void* library = dlopen(name, RTLD_LAZY | RTLD_LOCAL)) {

@@ -8,7 +8,7 @@
 namespace flash_attn::cli {
 
 struct Cache {
-  std::string name;   // "L1d", "L2", "L3"
+  std::string name;  // "L1d", "L2", "L3"
   int64_t bytes = 0;
   int shared_by = 0;  // logical CPUs; 0: not known
 };
@@ -19,10 +19,11 @@ std::string cpu_model();
 std::vector<Cache> caches();
 
 struct ThreadLimits {
-  int online = 0;            // logical CPUs of the machine
-  int affinity = 0;          // those this process may run on
-  double quota = 0;          // CPUs that the cgroup grants; 0: no limit
-  std::string environment;   // "FLASH_ATTENTION_NUM_THREADS=4", empty if none is set
+  int online = 0;     // logical CPUs of the machine
+  int affinity = 0;   // those this process may run on
+  double quota = 0;   // CPUs that the cgroup grants; 0: no limit
+  int requested = 0;  // FLASH_ATTENTION_NUM_THREADS; 0: not set, or no positive number
+  int omp = 0;        // OMP_NUM_THREADS; the same
 };
 ThreadLimits thread_limits();
 

@@ -82,11 +82,21 @@ struct Head {
   float sink() const { return load(problem.scores.sink.at(0, 0, h), problem.scores.sink.dtype); }
 
   Head(const Problem& pr, int64_t batch, int64_t head)
-      : problem(pr), b(batch), h(head), hk(head / pr.group()), s(pr.sequences.at(batch)), q(load_q(pr.q, s, h, pr.headdim)),
-        k(load_k(pr.k, s, pr.sequences.page_size, hk, pr.headdim)), v(load_k(pr.v, s, pr.sequences.page_size, hk, pr.headdim_v)),
-        x(s.seqlen_q, s.seqlen_k), p(s.seqlen_q, s.seqlen_k), capped(s.seqlen_q, s.seqlen_k), lse(static_cast<std::size_t>(s.seqlen_q)) {
+      : problem(pr),
+        b(batch),
+        h(head),
+        hk(head / pr.group()),
+        s(pr.sequences.at(batch)),
+        q(load_q(pr.q, s, h, pr.headdim)),
+        k(load_k(pr.k, s, pr.sequences.page_size, hk, pr.headdim)),
+        v(load_k(pr.v, s, pr.sequences.page_size, hk, pr.headdim_v)),
+        x(s.seqlen_q, s.seqlen_k),
+        p(s.seqlen_q, s.seqlen_k),
+        capped(s.seqlen_q, s.seqlen_k),
+        lse(static_cast<std::size_t>(s.seqlen_q)) {
     const ScorePipeline& sp = pr.scores;
-    const float scale = static_cast<float>(sp.scale), cap = static_cast<float>(sp.softcap), slope = sp.alibi_slope(b, h);
+    const float scale = static_cast<float>(sp.scale), cap = static_cast<float>(sp.softcap),
+                slope = sp.alibi_slope(b, h);
     for (int64_t i = 0; i < s.seqlen_q; ++i) {
       const Interval keys = sp.mask.row(i, s.seqlen_q, s.seqlen_k);
       const int64_t position = i + s.seqlen_k - s.seqlen_q;
@@ -225,7 +235,9 @@ class PlainBackend final : public Backend {
  public:
   PlainBackend(const std::string& name, Recall recall) : name_(name), recall_(recall) {}
   std::string_view name() const override { return name_; }
-  std::string_view description() const override { return "the plain arithmetic of the input's dtype: verify's yardstick"; }
+  std::string_view description() const override {
+    return "the plain arithmetic of the input's dtype: verify's yardstick";
+  }
   std::string refuses(const Problem&) const override { return {}; }
   bool automatic() const override { return false; }
   void forward(const Problem& problem) const override { plain_forward(problem); }

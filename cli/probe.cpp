@@ -14,31 +14,31 @@ volatile float g_sink;       // keeps the result alive
 
 // The same two loops per instruction set. They are a macro because a function's target does not reach into templates
 // or lambdas, and a target attribute needs no flags of its own file.
-#define FA_DEFINE_PROBE(isa, target, width, MULTIPLY_ADD)                                        \
-  target double multiply_add_##isa(int64_t rounds) {                                             \
-    using V = float __attribute__((vector_size(4 * width)));                                     \
+#define FA_DEFINE_PROBE(isa, target, width, MULTIPLY_ADD)                                             \
+  target double multiply_add_##isa(int64_t rounds) {                                                  \
+    using V = float __attribute__((vector_size(4 * width)));                                          \
     const V x = V{} + 0.999f, y = V{} + 0.001f; /* the fixed point is 1: no overflow, no denormals */ \
-    V acc[kChains];                                                                              \
-    for (int c = 0; c < kChains; ++c) acc[c] = V{} + static_cast<float>(c + 1);                  \
-    for (int64_t r = 0; r < rounds; ++r) {                                                       \
+    V acc[kChains];                                                                                   \
+    for (int c = 0; c < kChains; ++c) acc[c] = V{} + static_cast<float>(c + 1);                       \
+    for (int64_t r = 0; r < rounds; ++r) {                                                            \
       _Pragma("GCC unroll 12") for (int c = 0; c < kChains; ++c) acc[c] = MULTIPLY_ADD(acc[c], x, y); \
-    }                                                                                            \
-    for (int c = 1; c < kChains; ++c) acc[0] += acc[c];                                          \
-    g_sink = acc[0][0];                                                                          \
-    return 2.0 * width * kChains * static_cast<double>(rounds);                                  \
-  }                                                                                              \
-  target float read_##isa(const float* data, int64_t floats) {                                   \
-    using V = float __attribute__((vector_size(4 * width)));                                     \
-    V acc[8]{};                                                                                  \
-    for (int64_t i = 0; i < floats; i += 8 * width) {                                            \
-      const V* p = reinterpret_cast<const V*>(data + i);                                         \
-      _Pragma("GCC unroll 8") for (int c = 0; c < 8; ++c) acc[c] += p[c];                        \
-    }                                                                                            \
-    float sum = 0;                                                                               \
-    for (int c = 1; c < 8; ++c) acc[0] += acc[c];                                                \
-    for (int c = 0; c < width; ++c) sum += acc[0][c];                                            \
-    return sum;                                                                                  \
-  }                                                                                              \
+    }                                                                                                 \
+    for (int c = 1; c < kChains; ++c) acc[0] += acc[c];                                               \
+    g_sink = acc[0][0];                                                                               \
+    return 2.0 * width * kChains * static_cast<double>(rounds);                                       \
+  }                                                                                                   \
+  target float read_##isa(const float* data, int64_t floats) {                                        \
+    using V = float __attribute__((vector_size(4 * width)));                                          \
+    V acc[8]{};                                                                                       \
+    for (int64_t i = 0; i < floats; i += 8 * width) {                                                 \
+      const V* p = reinterpret_cast<const V*>(data + i);                                              \
+      _Pragma("GCC unroll 8") for (int c = 0; c < 8; ++c) acc[c] += p[c];                             \
+    }                                                                                                 \
+    float sum = 0;                                                                                    \
+    for (int c = 1; c < 8; ++c) acc[0] += acc[c];                                                     \
+    for (int c = 0; c < width; ++c) sum += acc[0][c];                                                 \
+    return sum;                                                                                       \
+  }                                                                                                   \
   constexpr Probe k_##isa{multiply_add_##isa, read_##isa};
 
 #define FA_MULTIPLY_THEN_ADD(a, x, y) ((a) * (x) + (y))

@@ -53,9 +53,10 @@ void Table::print() const {
 
 std::shared_ptr<JsonOption> JsonOption::add_to(CLI::App& command) {
   auto json = std::make_shared<JsonOption>();
-  json->option_ = command.add_option("--json", json->path_, "Write JSON to FILE, or to standard output in place of tables")
-                      ->type_name("[FILE]")
-                      ->expected(0, 1);
+  json->option_ =
+      command.add_option("--json", json->path_, "Write JSON to FILE, or to standard output in place of tables")
+          ->type_name("[FILE]")
+          ->expected(0, 1);
   return json;
 }
 

@@ -82,9 +82,12 @@ std::map<std::string, double> largest_terms(const Case& c, const Values& x) {
   const double score = scale * largest_norm(x.at("q"), c.headdim) * largest_norm(x.at("k"), c.headdim);
   // Two terms of that size, dP and its row sum, are subtracted: each brings its rounding.
   const double dp = 2 * largest_norm(x.at("dout"), c.dim_v()) * largest_norm(x.at("v"), c.dim_v());
-  return {{"out", largest(x.at("v"))},          {"lse", score},
-          {"dq", scale * dp * largest(x.at("k"))}, {"dk", scale * dp * largest(x.at("q"))},
-          {"dv", largest(x.at("dout"))},        {"dbias", dp},
+  return {{"out", largest(x.at("v"))},
+          {"lse", score},
+          {"dq", scale * dp * largest(x.at("k"))},
+          {"dk", scale * dp * largest(x.at("q"))},
+          {"dv", largest(x.at("dout"))},
+          {"dbias", dp},
           {"dsink", dp}};
 }
 
@@ -116,7 +119,8 @@ class Verification {
     const Values values = draw_values(c, dtype, seed);
     const std::map<std::string, double> terms = largest_terms(c, values);
     Instance exact(c, DType::f64, values), kept(c, dtype, values), recomputed(c, dtype, values);
-    const std::vector<Pass> passes = c.differentiable() ? std::vector{Pass::forward, Pass::backward} : std::vector{Pass::forward};
+    const std::vector<Pass> passes =
+        c.differentiable() ? std::vector{Pass::forward, Pass::backward} : std::vector{Pass::forward};
     for (const Pass pass : passes) {
       run(exact, pass, kOracle);
       run(kept, pass, kKept);
@@ -144,8 +148,8 @@ class Verification {
   const std::vector<Outcome>& outcomes() const { return outcomes_; }
 
  private:
-  static void judge(Outcome& outcome, const std::map<std::string, double>& terms, const Instance& exact, const Instance& kept,
-                    const Instance& recomputed, const Instance& x) {
+  static void judge(Outcome& outcome, const std::map<std::string, double>& terms, const Instance& exact,
+                    const Instance& kept, const Instance& recomputed, const Instance& x) {
     for (const std::string& name : x.results(outcome.pass)) {
       const std::vector<double> truth = exact.read(name);
       const bool is_fp32 = outcome.dtype == DType::f32 || name == "lse" || name == "dbias" || name == "dsink";
@@ -154,7 +158,8 @@ class Verification {
       const double bound = orders * std::max(plain, u * largest(truth)) + 0x1p-24 * terms.at(name);
       const double error = max_error(truth, x.read(name));
       if (!(error <= bound)) {
-        outcome.failed += fmt::format("{}{}: error {:.2e} above {:.2e}", outcome.failed.empty() ? "" : "; ", name, error, bound);
+        outcome.failed +=
+            fmt::format("{}{}: error {:.2e} above {:.2e}", outcome.failed.empty() ? "" : "; ", name, error, bound);
       }
       outcome.judged.push_back({name, error, plain, bound});
     }
@@ -191,13 +196,18 @@ void print_table(const std::vector<Outcome>& outcomes) {
 
 Json to_json(const Outcome& o) {
   std::vector<std::pair<std::string, Json>> errors;
-  for (const Judged& j : o.judged) errors.emplace_back(j.result, Json::object({{"error", j.error}, {"plain", j.plain}, {"bound", j.bound}}));
+  for (const Judged& j : o.judged)
+    errors.emplace_back(j.result, Json::object({{"error", j.error}, {"plain", j.plain}, {"bound", j.bound}}));
   return Json::object({{"feature", o.feature},
                        {"dtype", short_name(o.dtype)},
                        {"backend", o.backend},
                        {"pass", pass_name(o.pass)},
-                       {"state", !o.refused.empty() ? "refused" : o.failed.empty() ? "ok" : "failed"},
-                       {"words", !o.refused.empty() ? Json(o.refused) : o.failed.empty() ? Json() : Json(o.failed)},
+                       {"state", !o.refused.empty() ? "refused"
+                                 : o.failed.empty() ? "ok"
+                                                    : "failed"},
+                       {"words", !o.refused.empty() ? Json(o.refused)
+                                 : o.failed.empty() ? Json()
+                                                    : Json(o.failed)},
                        {"errors", Json::object(errors)}});
 }
 
@@ -207,7 +217,9 @@ int verify(const Flags& flags, const JsonOption& json) {
   for (const BackendInfo& b : backends()) {
     if (b.unavailable.empty() && (flags.backend.empty() || flags.backend == b.name)) names.push_back(b.name);
   }
-  if (names.empty()) throw Error(ErrorCode::invalid_argument, fmt::format("--backend: no usable backend is named \"{}\"", flags.backend));
+  if (names.empty())
+    throw Error(ErrorCode::invalid_argument,
+                fmt::format("--backend: no usable backend is named \"{}\"", flags.backend));
   register_backend(make_plain_backend(kKept, Recall::kept));
   register_backend(make_plain_backend(kRecomputed, Recall::recomputed));
   Verification verification(names);
@@ -216,7 +228,8 @@ int verify(const Flags& flags, const JsonOption& json) {
   for (const Case& c : feature_cases()) {
     for (const DType dtype : {DType::f32, DType::bf16, DType::f16}) {
       ++seed;
-      if (c.name.find(flags.filter) == std::string::npos || (!flags.dtype.empty() && flags.dtype != short_name(dtype))) continue;
+      if (c.name.find(flags.filter) == std::string::npos || (!flags.dtype.empty() && flags.dtype != short_name(dtype)))
+        continue;
       if (isatty(STDERR_FILENO)) fmt::print(stderr, "\r\033[K{} {}", c.name, short_name(dtype));
       verification.take(c, dtype, seed);
       ++cases;
@@ -225,11 +238,14 @@ int verify(const Flags& flags, const JsonOption& json) {
   if (isatty(STDERR_FILENO)) fmt::print(stderr, "\r\033[K");
   unregister_backend(kKept);
   unregister_backend(kRecomputed);
-  if (cases == 0) throw Error(ErrorCode::invalid_argument, fmt::format("--filter: no feature contains \"{}\"", flags.filter));
+  if (cases == 0)
+    throw Error(ErrorCode::invalid_argument, fmt::format("--filter: no feature contains \"{}\"", flags.filter));
 
   const std::vector<Outcome>& all = verification.outcomes();
-  const auto failed = static_cast<std::size_t>(std::count_if(all.begin(), all.end(), [](const Outcome& o) { return !o.failed.empty(); }));
-  const auto refused = static_cast<std::size_t>(std::count_if(all.begin(), all.end(), [](const Outcome& o) { return !o.refused.empty(); }));
+  const auto failed = static_cast<std::size_t>(
+      std::count_if(all.begin(), all.end(), [](const Outcome& o) { return !o.failed.empty(); }));
+  const auto refused = static_cast<std::size_t>(
+      std::count_if(all.begin(), all.end(), [](const Outcome& o) { return !o.refused.empty(); }));
   const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   if (json.tables()) {
     print_table(all);
@@ -238,14 +254,17 @@ int verify(const Flags& flags, const JsonOption& json) {
       results += o.judged.size();
       for (const Judged& j : o.judged) below_plain += j.error <= j.plain;
     }
-    fmt::print("\nError < bound, both against the {} backend in fp64 on the same numbers. The bound is the error of plain\n"
-               "arithmetic in the input's dtype (fp32 softmax; P, dP and dS rounded to 16 bits for 16-bit inputs), or one\n"
-               "rounding of the result if that is larger, twice that for fp32 results, plus one fp32 rounding of the largest term.\n"
-               "{} of {} errors are at most the plain arithmetic's own. CPU instruction set: {}, {} threads.\n\n",
-               kOracle, below_plain, results, cpu_isa(), num_threads());
+    fmt::print(
+        "\nError < bound, both against the {} backend in fp64 on the same numbers. The bound is the error of plain\n"
+        "arithmetic in the input's dtype (fp32 softmax; P, dP and dS rounded to 16 bits for 16-bit inputs), or one\n"
+        "rounding of the result if that is larger, twice that for fp32 results, plus one fp32 rounding of the largest "
+        "term.\n"
+        "{} of {} errors are at most the plain arithmetic's own. CPU instruction set: {}, {} threads.\n\n",
+        kOracle, below_plain, results, cpu_isa(), num_threads());
     fmt::print("{}, {} refused, in {:.0f} s\n",
-               failed ? painted(fmt::format("{} of {} FAILED", failed, all.size()), Colour::red)
-                      : painted(fmt::format("{} of {} within the bound", all.size() - refused, all.size()), Colour::green),
+               failed
+                   ? painted(fmt::format("{} of {} FAILED", failed, all.size()), Colour::red)
+                   : painted(fmt::format("{} of {} within the bound", all.size() - refused, all.size()), Colour::green),
                refused, seconds);
   }
   std::vector<Json> records;

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from flash_attn import flash_attn_varlen_qkvpacked_func
+from muon import Muon
 from text import Batch, pack
 from torch import Tensor, nn
 
@@ -31,10 +32,10 @@ def sdpa(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Config:
-    layers: int = 4
+    layers: int = 3
     nheads: int = 4
-    headdim: int = 48
-    context: int = 384
+    headdim: int = 32
+    context: int = 256
     vocabulary: int = 256
 
     @property
@@ -116,14 +117,14 @@ def train(
     *,
     seconds: float,
     steps: int,
-    learning_rate: float = 4e-3,
     evaluate_every: int = 25,
 ) -> Iterator[Step]:
-    """Trains for `seconds` or `steps`, whichever ends first; the learning rate follows that progress down to zero."""
-    matrices = [p for p in model.parameters() if p.ndim == 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.98), fused=True)
+    """Trains for `seconds` or `steps`, whichever ends first; the learning rates follow that progress down to zero."""
+    matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
+    others = [p for p in model.parameters() if not any(p is matrix for matrix in matrices)]
+    optimizers = [Muon(matrices, lr=0.02), torch.optim.AdamW(others, lr=0.006, betas=(0.9, 0.98), weight_decay=0.0)]
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    peaks = [group["lr"] for group in groups]
     bits = 1 / math.log(2)
 
     def measure() -> float:
@@ -135,13 +136,13 @@ def train(
     number, progress = 0, 0.0
     while progress < 1.0:
         warmup = min(1.0, (number + 1) / 20)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate * warmup * (1.0 - progress)
+        for group, peak in zip(groups, peaks, strict=True):
+            group["lr"] = peak * warmup * (1.0 - progress)
         loss = model.loss(draw())
-        optimizer.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         number += 1
         elapsed = time.perf_counter() - start
         progress = max(number / steps, elapsed / seconds)

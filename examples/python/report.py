@@ -10,11 +10,11 @@ from pathlib import Path
 
 import matplotlib
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402 (after the choice of a backend without a display)
-from compare import Result  # noqa: E402
-from gpt import Step  # noqa: E402
-from matplotlib.axes import Axes  # noqa: E402
+matplotlib.use("Agg")  # no display is needed
+import matplotlib.pyplot as plt
+from compare import Result
+from gpt import Step
+from matplotlib.axes import Axes
 
 OURS, THEIRS, GREY = "#d9480f", "#4c6ef5", "#868e96"
 

@@ -15,7 +15,7 @@
 namespace flash_attn::cpu {
 namespace {
 
-constexpr int64_t kRun = 64;  // rows found and moved at a time
+constexpr int64_t kRun = 64;  // rows found and moved at a time: a panel, or a group
 
 /// Scratch of one worker: one split of keys, and all queries of one head.
 struct Scratch {

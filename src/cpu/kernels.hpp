@@ -79,7 +79,7 @@ struct Kernels {
   int64_t group;   // rows of a score tile
   int64_t block;   // keys of a score tile
   int64_t attend_scratch;  // floats
-  int64_t backward_group;
+  int64_t backward_group;    // rows of its score tile, at most 64
   int64_t backward_scratch;  // floats
 
   /// One panel (P rows, fewer at the end) -> panels[p]. Returns whether it has an inf or a NaN.
