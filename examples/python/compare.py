@@ -27,11 +27,10 @@ class Case:
     @property
     def name(self) -> str:
         heads = f"{self.nheads}" if self.nheads == self.nheads_k else f"{self.nheads}/{self.nheads_k}"
-        shape = f"{len(self.lengths)} x {self.lengths[0]}"
-        if self.packed:
-            shape = f"{len(self.lengths)} of {min(self.lengths)} to {max(self.lengths)}"
+        length = f"{min(self.lengths)}-{max(self.lengths)}" if self.packed else f"{self.lengths[0]}"
         dtype = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[self.dtype]
-        return f"{shape}, {heads} heads of {self.headdim}, {'causal' if self.causal else 'full'}, {dtype}"
+        mask = "causal" if self.causal else "full"
+        return f"{len(self.lengths)} x {length}, h{heads}, d{self.headdim}, {mask}, {dtype}"
 
 
 @dataclass(frozen=True)
