@@ -128,8 +128,8 @@ Instance::Instance(const Case& c, DType dtype, const Values& values) : case_(c) 
   for (const auto& [name, x] : values) {
     const Tensor& t = tensors_.at(name);
     auto* data = static_cast<unsigned char*>(t.data);
-    std::size_t i = 0;
-    for_each_element(t, [&](int64_t offset) { store(data + offset, t.dtype, x[i++]); });
+    auto value = x.begin();
+    for_each_element(t, [&t, data, &value](int64_t offset) { store(data + offset, t.dtype, *value++); });
   }
 
   scores_.causal = c.causal;
