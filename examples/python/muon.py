@@ -1,6 +1,6 @@
 """Muon: momentum whose every matrix is made orthogonal, so that a step moves all directions alike.
 
-A small model learns from a few hundred such steps what takes AdamW thousands; embeddings and the head stay with AdamW.
+The demo's model learns much more from each such step than from one of AdamW, with which embeddings and the head stay.
 """
 
 from __future__ import annotations
