@@ -24,9 +24,7 @@ def _refuse_flaggems() -> str:
 
 # FLASH_ATTENTION_BACKEND is read by the core. The older FLASH_ATTENTION_USE_FLAGGEMS is never silently ignored.
 _asks_for_flaggems = os.environ.get("FLASH_ATTENTION_USE_FLAGGEMS", "0").lower() not in ("", "0", "false", "off", "no")
-current = (
-    _refuse_flaggems if _asks_for_flaggems and not os.environ.get("FLASH_ATTENTION_BACKEND") else _chosen.get
-)
+current = _refuse_flaggems if _asks_for_flaggems and not os.environ.get("FLASH_ATTENTION_BACKEND") else _chosen.get
 
 
 @contextlib.contextmanager

@@ -66,11 +66,15 @@ SEQUENCES = {
     "cu_seqlens is None": ({"cu_seqlens_q": None}, TypeError, ["cu_seqlens_q", "torch.Tensor", "NoneType"]),
     "cu_seqlens is a list": ({"cu_seqlens_k": [0, 12]}, TypeError, ["cu_seqlens_k", "torch.Tensor", "list"]),
     "cu_seqlens of int64": (
-        {"cu_seqlens_q": cu(0, 4, 10, dtype=torch.int64)}, TypeError, ["cu_seqlens_q", "int32", "int64"],
+        {"cu_seqlens_q": cu(0, 4, 10, dtype=torch.int64)},
+        TypeError,
+        ["cu_seqlens_q", "int32", "int64"],
     ),
     "cu_seqlens of floats": ({"cu_seqlens_q": zeros(3)}, TypeError, ["cu_seqlens_q", "int32", "float32"]),
     "cu_seqlens of int16": (
-        {"cu_seqlens_q": cu(0, 4, 10, dtype=torch.int16)}, TypeError, ["cu_seqlens_q", "int32", "int16"],
+        {"cu_seqlens_q": cu(0, 4, 10, dtype=torch.int16)},
+        TypeError,
+        ["cu_seqlens_q", "int32", "int16"],
     ),
     "cu_seqlens of two dimensions": ({"cu_seqlens_q": cu(0, 4, 10)[None]}, ValueError, ["cu_seqlens_q", "(1, 3)"]),
     "cu_seqlens not from 0": ({"cu_seqlens_q": cu(1, 4, 10)}, ValueError, ["cu_seqlens_q", "0", "1"]),

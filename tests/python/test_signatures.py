@@ -20,9 +20,7 @@ PUBLIC = {
     "flash_attn_varlen_func": (
         f"(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, {TAIL}, block_table=None)"
     ),
-    "flash_attn_varlen_kvpacked_func": (
-        f"(q, kv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, {TAIL})"
-    ),
+    "flash_attn_varlen_kvpacked_func": (f"(q, kv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, {TAIL})"),
     "flash_attn_varlen_qkvpacked_func": f"(qkv, cu_seqlens, max_seqlen, {TAIL})",
 }
 PRIVATE = {
