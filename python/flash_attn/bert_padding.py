@@ -1,4 +1,4 @@
-"""Padded batches (batch, seqlen, ...) to packed rows (total, ...) and back, differentiably. Pure PyTorch, any device."""
+"""Padded batches (batch, seqlen, ...) to packed rows (total, ...) and back, differentiably. Pure PyTorch."""
 
 from __future__ import annotations
 
