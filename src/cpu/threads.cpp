@@ -32,14 +32,26 @@ int positive_env(const char* name) {
   return n > 0 ? n : 0;
 }
 
-/// CPUs that the control group pays for, or 0: cgroup v2 "quota period" in cpu.max, v1 in two files.
+/// CPUs that the control group of this process and its parents pay for, or 0. cgroup v2: "quota period" in cpu.max of
+/// every group on the path that /proc/self/cgroup names ("0::/a/b"); v1: two files.
 int cgroup_cpus() {
+  double cpus = 0;
+  const auto limit = [&cpus](double quota, double period) {
+    if (quota > 0 && period > 0 && (cpus == 0 || quota / period < cpus)) cpus = quota / period;
+  };
+  std::string line, path = "/";
+  for (std::ifstream groups("/proc/self/cgroup"); std::getline(groups, line);)
+    if (line.rfind("0::", 0) == 0) path = line.substr(3);
+  for (;; path.erase(path.rfind('/'))) {
+    std::string quota;
+    double period = 0;
+    if (std::ifstream file("/sys/fs/cgroup" + path + "/cpu.max"); file >> quota >> period) limit(std::atof(quota.c_str()), period);
+    if (path.find('/') == std::string::npos) break;
+  }
   double quota = 0, period = 0;
-  std::string text;
-  if (std::ifstream v2("/sys/fs/cgroup/cpu.max"); v2 >> text >> period) quota = text == "max" ? 0 : std::atof(text.c_str());
-  else if (std::ifstream q("/sys/fs/cgroup/cpu/cpu.cfs_quota_us"), p("/sys/fs/cgroup/cpu/cpu.cfs_period_us"); q && p)
-    q >> quota, p >> period;
-  return quota > 0 && period > 0 ? std::max(1, static_cast<int>(quota / period + 0.5)) : 0;
+  if (std::ifstream q("/sys/fs/cgroup/cpu/cpu.cfs_quota_us"), p("/sys/fs/cgroup/cpu/cpu.cfs_period_us"); q >> quota && p >> period)
+    limit(quota, period);
+  return cpus > 0 ? std::max(1, static_cast<int>(cpus + 0.5)) : 0;
 }
 
 int default_threads() {

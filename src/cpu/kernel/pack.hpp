@@ -18,23 +18,20 @@ FLASH_ATTN_INLINE bool has_special(vf zeros) {
   return s != s;
 }
 
-/// In-register transpose of W vectors of W floats: log2(W) rounds of exchanging blocks of size `half`.
+/// In-register transpose of W vectors of W floats: log2(W) rounds of exchanging blocks of size kHalf.
+///   x: a0 a1   y: b0 b1   ->   a0 b0   a1 b1     (each a block of kHalf lanes, all along the vector)
+template <int kHalf, int... kLane>
+FLASH_ATTN_INLINE void exchange_pair(vf& x, vf& y, std::integer_sequence<int, kLane...>) {
+  const vf a = x, b = y;
+  x = __builtin_shufflevector(a, b, ((kLane / kHalf) % 2 ? kLane - kHalf + W : kLane)...);
+  y = __builtin_shufflevector(a, b, ((kLane / kHalf) % 2 ? kLane + W : kLane + kHalf)...);
+}
+
 template <int kHalf>
 FLASH_ATTN_INLINE void exchange(vf (&x)[W]) {
-  vi low, high;
-  for (int i = 0; i < W; ++i) {
-    const bool upper = (i / kHalf) % 2;
-    low[i] = upper ? i - kHalf + W : i;
-    high[i] = upper ? i + W : i + kHalf;
-  }
 #pragma GCC unroll 16
-  for (int i = 0; i < W; ++i) {
-    if ((i / kHalf) % 2 == 0) {
-      const vf a = x[i], b = x[i + kHalf];
-      x[i] = __builtin_shuffle(a, b, low);
-      x[i + kHalf] = __builtin_shuffle(a, b, high);
-    }
-  }
+  for (int i = 0; i < W; ++i)
+    if ((i / kHalf) % 2 == 0) exchange_pair<kHalf>(x[i], x[i + kHalf], std::make_integer_sequence<int, W>{});
 }
 
 FLASH_ATTN_INLINE void transpose(vf (&x)[W]) {

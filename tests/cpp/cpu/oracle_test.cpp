@@ -32,7 +32,7 @@ AttentionCase random_case(uint64_t seed) {
   d.batch = draw.between(1, 3);
   d.nheads_k = draw.between(1, 3);
   d.nheads = d.nheads_k * draw.between(1, 3);
-  d.headdim = draw.one_in(5) ? draw.between(129, 256) : draw.between(1, 128);
+  d.headdim = draw.one_in(5) ? draw.between(129, draw.one_in(4) ? 600 : 256) : draw.between(1, 128);
   d.headdim_v = draw.one_in(4) ? draw.between(1, 150) : d.headdim;
   d.seqlen_q = draw.one_in(5) ? 1 : draw.between(0, draw.one_in(8) ? 300 : 70);
   d.seqlen_k = draw.between(0, draw.one_in(8) ? 700 : 200);
@@ -85,8 +85,10 @@ TEST_P(AgainstOracle, ForwardAndBackward) {
 
     got.out = want.out, got.lse = want.lse;
     cpu::backward(make_problem(got.backward_call()), *kernels);
-    EXPECT_TRUE(close(got.dq, want.dq, 4 * atol, atol));
-    EXPECT_TRUE(close(got.dk, want.dk, 4 * atol, atol));
+    // delta = dout . out is taken from the rounded out, as everywhere: its error grows with the root of headdim_v.
+    const double through_delta = 4 * atol * std::max(1.0, std::sqrt(static_cast<double>(got.v.size(got.v.tensor().ndim - 1)) / 128));
+    EXPECT_TRUE(close(got.dq, want.dq, through_delta, atol));
+    EXPECT_TRUE(close(got.dk, want.dk, through_delta, atol));
     EXPECT_TRUE(close(got.dv, want.dv, 4 * atol, atol));
     if (got.sink.present()) { EXPECT_TRUE(close(got.dsink, want.dsink, 40 * atol, atol)); }
     EXPECT_TRUE(got.dq.gaps_untouched() && got.dk.gaps_untouched() && got.dv.gaps_untouched());
