@@ -54,7 +54,8 @@ Tensor convert(const dlpack::Tensor& from, nb::handle object, const char* name) 
   return to;
 }
 
-/// The exchange table of a type, or nullptr. Types that have one are few and live for ever: remembered, never forgotten.
+/// The exchange table of a type, or nullptr. Types that have one are few and live for ever: remembered, never
+/// forgotten.
 const dlpack::ExchangeApi* exchange_api(PyTypeObject* type) {
   struct Entry {
     PyTypeObject* type;
@@ -102,7 +103,8 @@ Tensor from_capsule(nb::handle object, const char* name, Owners& owners) {
   nb::object capsule = source.attr("__dlpack__")();
   owners.push_back(capsule);  // unconsumed: it frees what it owns when it goes
   if (PyCapsule_IsValid(capsule.ptr(), "dltensor")) {
-    return convert(static_cast<dlpack::Managed*>(PyCapsule_GetPointer(capsule.ptr(), "dltensor"))->tensor, object, name);
+    return convert(static_cast<dlpack::Managed*>(PyCapsule_GetPointer(capsule.ptr(), "dltensor"))->tensor, object,
+                   name);
   }
   if (PyCapsule_IsValid(capsule.ptr(), "dltensor_versioned")) {
     const auto* managed =
@@ -143,8 +145,8 @@ int64_t integer(nb::handle object, const char* name) {
     int overflow = 0;
     const int64_t value = PyLong_AsLongLongAndOverflow(object.ptr(), &overflow);
     if (!overflow) return value;
-    throw Error(ErrorCode::invalid_argument, std::string(name) + ": expected an integer of 64 bits, got " +
-                                                 text(object));
+    throw Error(ErrorCode::invalid_argument,
+                std::string(name) + ": expected an integer of 64 bits, got " + text(object));
   }
   PyObject* index = PyNumber_Index(object.ptr());
   if (!index) {

@@ -1,4 +1,5 @@
-// flash_attn._C: the C++ API for Python. Arguments are positional and complete; the defaults live in the Python package.
+// flash_attn._C: the C++ API for Python. Arguments are positional and complete; the defaults live in the Python
+// package.
 //
 // A call costs about as much as its arguments: tensors are borrowed through DLPack (from_python.hpp), nothing is
 // allocated on the way, and the interpreter is free while the kernels run.
@@ -18,16 +19,35 @@ namespace {
 /// What forward, backward and their explanations have in common: one tuple, in this order (flash_attn/_options.py).
 struct Options {
   enum Slot {
-    kSoftmaxScale, kCausal, kWindowLeft, kWindowRight, kSoftcap, kAlibiSlopes, kBias, kSink,
-    kCuSeqlensQ, kCuSeqlensK, kMaxSeqlenQ, kMaxSeqlenK, kSequsedK, kLeftpadK, kBlockTable,
-    kDropoutP, kSeed, kOffset, kBackend, kDeterministic, kSlots
+    kSoftmaxScale,
+    kCausal,
+    kWindowLeft,
+    kWindowRight,
+    kSoftcap,
+    kAlibiSlopes,
+    kBias,
+    kSink,
+    kCuSeqlensQ,
+    kCuSeqlensK,
+    kMaxSeqlenQ,
+    kMaxSeqlenK,
+    kSequsedK,
+    kLeftpadK,
+    kBlockTable,
+    kDropoutP,
+    kSeed,
+    kOffset,
+    kBackend,
+    kDeterministic,
+    kSlots
   };
 
   nb::tuple values;
 
   template <class Call>
   void fill(Call& call, Owners& owners) const {
-    if (values.size() != kSlots) throw Error(ErrorCode::internal, "options: expected " + std::to_string(kSlots) + " values");
+    if (values.size() != kSlots)
+      throw Error(ErrorCode::internal, "options: expected " + std::to_string(kSlots) + " values");
 
     Scores& scores = call.scores;
     if (!at(kSoftmaxScale).is_none()) scores.softmax_scale = number(at(kSoftmaxScale), "softmax_scale");
@@ -108,8 +128,7 @@ void py_backward(nb::handle dout, nb::handle q, nb::handle k, nb::handle v, nb::
                  nb::handle dq, nb::handle dk, nb::handle dv, nb::handle dlse, nb::handle dbias, nb::handle dsink,
                  const nb::tuple& options) {
   Owners owners;
-  const Backward call =
-      make_backward(dout, q, k, v, out, lse, dq, dk, dv, dlse, dbias, dsink, options, owners);
+  const Backward call = make_backward(dout, q, k, v, out, lse, dq, dk, dv, dlse, dbias, dsink, options, owners);
   nb::gil_scoped_release free_interpreter;
   follow_host_threads();
   backward(call);
@@ -122,7 +141,8 @@ nb::tuple to_python(const Explanation& e) {
   return nb::make_tuple(e.problem, candidates, e.plan);
 }
 
-nb::tuple py_explain_forward(nb::handle q, nb::handle k, nb::handle v, nb::handle out, nb::handle lse, const nb::tuple& options) {
+nb::tuple py_explain_forward(nb::handle q, nb::handle k, nb::handle v, nb::handle out, nb::handle lse,
+                             const nb::tuple& options) {
   Owners owners;
   return to_python(explain(make_forward(q, k, v, out, lse, options, owners)));
 }
@@ -131,8 +151,7 @@ nb::tuple py_explain_backward(nb::handle dout, nb::handle q, nb::handle k, nb::h
                               nb::handle dq, nb::handle dk, nb::handle dv, nb::handle dlse, nb::handle dbias,
                               nb::handle dsink, const nb::tuple& options) {
   Owners owners;
-  return to_python(
-      explain(make_backward(dout, q, k, v, out, lse, dq, dk, dv, dlse, dbias, dsink, options, owners)));
+  return to_python(explain(make_backward(dout, q, k, v, out, lse, dq, dk, dv, dlse, dbias, dsink, options, owners)));
 }
 
 nb::list py_backends() {
@@ -166,8 +185,8 @@ void translate(const std::exception_ptr& thrown, void*) {
 // None is a value of every argument here (absent), so each is declared to accept it.
 #define FA_ARG(name) nb::arg(name).none()
 #define FA_FORWARD_ARGS FA_ARG("q"), FA_ARG("k"), FA_ARG("v"), FA_ARG("out"), FA_ARG("softmax_lse"), nb::arg("options")
-#define FA_BACKWARD_ARGS                                                                                              \
-  FA_ARG("dout"), FA_ARG("q"), FA_ARG("k"), FA_ARG("v"), FA_ARG("out"), FA_ARG("softmax_lse"), FA_ARG("dq"),          \
+#define FA_BACKWARD_ARGS                                                                                     \
+  FA_ARG("dout"), FA_ARG("q"), FA_ARG("k"), FA_ARG("v"), FA_ARG("out"), FA_ARG("softmax_lse"), FA_ARG("dq"), \
       FA_ARG("dk"), FA_ARG("dv"), FA_ARG("dlse"), FA_ARG("dbias"), FA_ARG("dsink"), nb::arg("options")
 
 NB_MODULE(_C, m) {
