@@ -64,6 +64,8 @@ int default_threads() {
   return std::max(1, n);
 }
 
+constexpr int kSpins = 2000;  // some ten microseconds: a wait is usually shorter, a wake-up longer
+
 struct Job {
   const std::function<void(int64_t, int)>* task = nullptr;
   int64_t n = 0;
@@ -115,7 +117,9 @@ class Pool {
       std::lock_guard lock(mutex_);
       job_ = nullptr;  // whoever wakes from here on is too late, and is not waited for
     }
-    while (busy_.load(std::memory_order_acquire) != 0) pause();
+    for (int spin = 0; busy_.load(std::memory_order_acquire) != 0; ++spin)
+      if (spin < kSpins) pause();
+      else std::this_thread::yield();  // a worker has lost its core: it needs ours
   }
 
  private:
@@ -130,7 +134,7 @@ class Pool {
   void live(int worker) {
     uint64_t seen = 0;
     for (;;) {
-      for (int spin = 0; spin < 2000 && generation_.load(std::memory_order_acquire) == seen; ++spin) pause();
+      for (int spin = 0; spin < kSpins && generation_.load(std::memory_order_acquire) == seen; ++spin) pause();
       Job* job;
       {
         std::unique_lock lock(mutex_);
