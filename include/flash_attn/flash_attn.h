@@ -47,8 +47,8 @@ enum {
 /* A strided view of memory that the caller owns; this struct never changes. Strides are in elements. */
 typedef struct flash_attn_tensor {
   void* data;
-  int32_t dtype;        /* FLASH_ATTN_F16 ... */
-  int32_t device_type;  /* DLPack's DLDeviceType: 1 is the CPU */
+  int32_t dtype;       /* FLASH_ATTN_F16 ... */
+  int32_t device_type; /* DLPack's DLDeviceType: 1 is the CPU */
   int32_t device_index;
   int32_t ndim;
   int64_t shape[FLASH_ATTN_MAX_DIMS];

@@ -45,8 +45,8 @@ struct Scores {
   int64_t attention_chunk = 0;            // sees keys of its own chunk of that many positions; 0: off
   double softcap = 0.0;                   // 0: off
   Tensor alibi_slopes{};                  // fp32 (nheads) or (batch, nheads): adds -slope * |p - j|
-  Tensor bias{};                          // (batch|1, nheads|1, seqlen_q|1, seqlen_k), added as it is; any floating dtype
-  Tensor sink{};                          // (nheads): one more logit in the denominator; any floating dtype
+  Tensor bias{};  // (batch|1, nheads|1, seqlen_q|1, seqlen_k), added as it is; any floating dtype
+  Tensor sink{};  // (nheads): one more logit in the denominator; any floating dtype
 };
 
 /// Entry (b, h, i, j) is dropped as a function of (seed, offset; b, h, i, j) alone, on every backend.
@@ -58,9 +58,9 @@ struct Dropout {
 
 /// How to run, never what to compute.
 struct Run {
-  std::string backend{};             // empty: FLASH_ATTENTION_BACKEND, else the best that serves the call
-  bool positive_empty_lse = false;   // lse of a row that sees nothing: -inf, or +inf as in FlashAttention-2
-  bool deterministic = false;        // CPU backends always are
+  std::string backend{};            // empty: FLASH_ATTENTION_BACKEND, else the best that serves the call
+  bool positive_empty_lse = false;  // lse of a row that sees nothing: -inf, or +inf as in FlashAttention-2
+  bool deterministic = false;       // CPU backends always are
 };
 
 /// Shapes: fixed length (batch, seqlen, nheads, headdim), or packed (total, nheads, headdim) with cu_seqlens.
@@ -79,13 +79,13 @@ struct Forward {
 
 /// Gradients of `out` (and of lse, where dlse is given). `out` and `lse` are the forward's results.
 struct Backward {
-  Tensor dout;      // as out
-  Tensor q, k, v;   // as in Forward (pages are not differentiable)
-  Tensor out, lse;  // as in Forward; lse is required
+  Tensor dout;        // as out
+  Tensor q, k, v;     // as in Forward (pages are not differentiable)
+  Tensor out, lse;    // as in Forward; lse is required
   Tensor dq, dk, dv;  // as q, k, v: written whole
-  Tensor dlse{};    // optional, fp32, as lse
-  Tensor dbias{};   // optional, fp32, as scores.bias: written whole
-  Tensor dsink{};   // optional, fp32 (nheads): written whole
+  Tensor dlse{};      // optional, fp32, as lse
+  Tensor dbias{};     // optional, fp32, as scores.bias: written whole
+  Tensor dsink{};     // optional, fp32 (nheads): written whole
   Sequences sequences{};
   Scores scores{};
   Dropout dropout{};

@@ -26,9 +26,9 @@ struct OpenMp {
 };
 
 OpenMp openmp;
-int threads_at_import = 0;  // torch's
-int default_threads = 0;    // ours
-std::atomic<int> followed{0};      // the number of torch's that was taken over last
+int threads_at_import = 0;        // torch's
+int default_threads = 0;          // ours
+std::atomic<int> followed{0};     // the number of torch's that was taken over last
 std::atomic<bool> chosen{false};  // somebody said how many threads: torch is not followed
 
 /// Path of a loaded OpenMP runtime; torch's own is preferred where another package brought a second one.

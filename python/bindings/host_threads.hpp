@@ -1,8 +1,8 @@
 // Runs the kernels on torch's own OpenMP threads, without linking any OpenMP.
 //
 // After a parallel region libgomp's workers spin for milliseconds. Our own pool beside them would fight for the same
-// cores whenever attention follows a matrix product, that is, always (measured: -15 % on two cores). So the runtime that
-// torch has loaded is looked up, and asked to run our tasks through its stable entry points.
+// cores whenever attention follows a matrix product, that is, always (measured: -15 % on two cores). So the runtime
+// that torch has loaded is looked up, and asked to run our tasks through its stable entry points.
 #pragma once
 
 namespace flash_attn::python {

@@ -33,7 +33,7 @@ struct Mask {
       lo = std::max(lo, first);
       hi = std::min(hi, first + chunk);
     }
-    lo = std::min(lo, seqlen_k);          // rows that see nothing keep lo and hi monotone and inside [0, seqlen_k]
+    lo = std::min(lo, seqlen_k);  // rows that see nothing keep lo and hi monotone and inside [0, seqlen_k]
     return {lo, std::max(hi, lo)};
   }
 

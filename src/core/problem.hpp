@@ -51,7 +51,8 @@ struct SequenceTable {
 
   Sequence at(int64_t b) const {
     Sequence s{b, 0, seqlen_q, b, 0, seqlen_k, nullptr};
-    if (cu_seqlens_q) s = {0, cu_seqlens_q[b], cu_seqlens_q[b + 1] - cu_seqlens_q[b], s.k_batch, 0, s.seqlen_k, nullptr};
+    if (cu_seqlens_q)
+      s = {0, cu_seqlens_q[b], cu_seqlens_q[b + 1] - cu_seqlens_q[b], s.k_batch, 0, s.seqlen_k, nullptr};
     if (cu_seqlens_k) {
       s.seqlen_k = int64_t{cu_seqlens_k[b + 1]} - cu_seqlens_k[b];
       if (!block_table) s.k_batch = 0, s.k_row = cu_seqlens_k[b];  // with pages, cu_seqlens_k gives lengths only
@@ -72,13 +73,15 @@ struct ScorePipeline {
   double softcap = 0.0;  // 0: off
   const float* alibi = nullptr;
   int64_t alibi_stride_batch = 0, alibi_stride_head = 0;
-  Operand bias{};  // indexed (b, i, h, j); broadcast dimensions have stride 0
+  Operand bias{};           // indexed (b, i, h, j); broadcast dimensions have stride 0
   int64_t bias_shape[4]{};  // (batch|1, nheads|1, rows|1, keys) of bias and dbias; no sequence is longer
   Mask mask{};
   Operand sink{};  // stride_head only
   Dropout dropout{};
 
-  float alibi_slope(int64_t b, int64_t h) const { return alibi ? alibi[b * alibi_stride_batch + h * alibi_stride_head] : 0.0f; }
+  float alibi_slope(int64_t b, int64_t h) const {
+    return alibi ? alibi[b * alibi_stride_batch + h * alibi_stride_head] : 0.0f;
+  }
 };
 
 enum class Pass { forward, backward };
@@ -96,9 +99,9 @@ struct Problem {
   int64_t batch_q = 0, batch_k = 0;            // batch entries of the memory: batch, 1 or num_blocks
 
   Operand q, k, v, out;
-  Operand lse;                // fp32, (batch, row, head); stride_col unused; absent if not wanted
-  Operand dout, dq, dk, dv;   // backward only
-  Operand dlse, dbias, dsink; // backward only, optional
+  Operand lse;                 // fp32, (batch, row, head); stride_col unused; absent if not wanted
+  Operand dout, dq, dk, dv;    // backward only
+  Operand dlse, dbias, dsink;  // backward only, optional
 
   SequenceTable sequences;
   ScorePipeline scores;

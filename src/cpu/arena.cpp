@@ -31,7 +31,8 @@ Arena::Arena(std::size_t bytes) {
     size_ = (bytes + align - 1) / align * align;
     if (size_ == 0) size_ = align;
     begin_ = static_cast<char*>(std::aligned_alloc(align, size_));
-    if (!begin_) throw Error(ErrorCode::out_of_memory, "workspace: cannot allocate " + std::to_string(size_) + " bytes");
+    if (!begin_)
+      throw Error(ErrorCode::out_of_memory, "workspace: cannot allocate " + std::to_string(size_) + " bytes");
     if (align == kHugePage) madvise(begin_, size_, MADV_HUGEPAGE);  // advice only: fewer page faults and TLB misses
   }
   next_ = begin_;

@@ -1,5 +1,5 @@
-// Backward: one task per (sequence, key head, split of its keys). A task owns the dk and dv of its keys; it goes through
-// the query heads of the group one after the other, so nothing is shared while it runs.
+// Backward: one task per (sequence, key head, split of its keys). A task owns the dk and dv of its keys; it goes
+// through the query heads of the group one after the other, so nothing is shared while it runs.
 //
 // dq gets a contribution from every split. One split: the task writes dq itself. Several: each fills a partial of its
 // own, and they are summed in the order of the splits. Either way the sums have one order, whatever the threads.
@@ -69,7 +69,8 @@ void load_queries(const Problem& p, const Kernels& k, const Sequence& seq, int64
   std::fill(s.dout + begin * dv_cols, s.dout + end * dv_cols, 0.0f);
   for (int64_t r = begin; r < end; r += k.backward_group) {
     const int64_t n = std::min(k.backward_group, end - r);
-    const bool special_q = k.load_rows(query_rows(p.q, seq, head, r, n, p.headdim, rows), q_factor(p.scores), s.q + r * d, d);
+    const bool special_q =
+        k.load_rows(query_rows(p.q, seq, head, r, n, p.headdim, rows), q_factor(p.scores), s.q + r * d, d);
     const bool special_dout =
         k.load_rows(query_rows(p.dout, seq, head, r, n, p.headdim_v, rows), 1.0f, s.dout + r * dv_cols, dv_cols);
     s.row_special[(r - begin) / k.backward_group] = special_q || special_dout;
@@ -105,8 +106,8 @@ double sink_gradient_without_keys(const Problem& p, const Sequence& seq, int64_t
 float dx_factor(const ScorePipeline& s) { return static_cast<float>(s.softcap > 0 ? s.softcap : kLn2); }
 
 template <class FindRow>
-void store_all(const Kernels& k, int64_t n, int64_t cols, int64_t stride_col, DType dtype, float factor, const float* src,
-               int64_t ld, const FindRow& find) {
+void store_all(const Kernels& k, int64_t n, int64_t cols, int64_t stride_col, DType dtype, float factor,
+               const float* src, int64_t ld, const FindRow& find) {
   const char* rows[kRun];
   float factors[kRun];
   std::fill(factors, factors + kRun, factor);
@@ -159,14 +160,28 @@ void run(const Problem& p, const Kernels& k, const BackwardPlan& plan, const Tas
       if (sinks) dsink[t.b * p.nheads + head] = sink_gradient(p, seq, head, s);
       std::fill(s.slope + first, s.slope + last, static_cast<float>(p.scores.alibi_slope(t.b, head) * kLog2e));
       k.backward({
-          .rows = last - first, .headdim = p.headdim, .headdim_v = p.headdim_v,
-          .q = s.q + first * d, .dout = s.dout + first * dv_cols, .base = s.base + first, .delta = s.delta + first,
+          .rows = last - first,
+          .headdim = p.headdim,
+          .headdim_v = p.headdim_v,
+          .q = s.q + first * d,
+          .dout = s.dout + first * dv_cols,
+          .base = s.base + first,
+          .delta = s.delta + first,
           .row_special = s.row_special,
-          .k_panels = s.k_panels, .v_panels = s.v_panels, .k_strips = s.k_strips, .keys = keys, .k_special = s.k_special,
-          .lo = s.lo + first, .hi = s.hi + first,
+          .k_panels = s.k_panels,
+          .v_panels = s.v_panels,
+          .k_strips = s.k_strips,
+          .keys = keys,
+          .k_special = s.k_special,
+          .lo = s.lo + first,
+          .hi = s.hi + first,
           .softcap_log2 = softcap_log2(p.scores),
-          .slope_log2 = p.scores.alibi ? s.slope + first : nullptr, .position = s.position + first,
-          .dq = dq + first * d, .dk = s.dk, .dv = s.dv, .scratch = s.tiles,
+          .slope_log2 = p.scores.alibi ? s.slope + first : nullptr,
+          .position = s.position + first,
+          .dq = dq + first * d,
+          .dk = s.dk,
+          .dv = s.dv,
+          .scratch = s.tiles,
       });
     }
     if (!t.dq_partials) store_dq(p, k, seq, head, dq);
@@ -180,7 +195,8 @@ void run(const Problem& p, const Kernels& k, const BackwardPlan& plan, const Tas
 
 /// dq of one head = the sum of its partials, in the order of the splits (into the first one).
 void reduce_dq(const Problem& p, const Kernels& k, const BackwardPlan& plan, const Task& t, int64_t g) {
-  const int64_t plane = p.max_seqlen_q * round_up(p.headdim, k.width), n = t.sequence.seqlen_q * round_up(p.headdim, k.width);
+  const int64_t plane = p.max_seqlen_q * round_up(p.headdim, k.width),
+                n = t.sequence.seqlen_q * round_up(p.headdim, k.width);
   float* const sum = t.dq_partials + g * plane;
   for (int64_t split = 1; split < plan.splits; ++split) {
     const float* const part = t.dq_partials + (split * p.group() + g) * plane;
@@ -210,7 +226,8 @@ void backward(const Problem& p, const Kernels& k) {
       const Sequence s = p.sequences.at(i / p.nheads_k);
       if (s.empty()) continue;
       for (int64_t split = 0; split < plan.splits; ++split)
-        tasks.push_back({i / p.nheads_k, i % p.nheads_k, split, s, partials ? partials + (i - first) * partial : nullptr});
+        tasks.push_back(
+            {i / p.nheads_k, i % p.nheads_k, split, s, partials ? partials + (i - first) * partial : nullptr});
     }
     parallel_for(static_cast<int64_t>(tasks.size()), workers, [&](int64_t i, int worker) {
       run(p, k, plan, tasks[static_cast<std::size_t>(i)], scratch[static_cast<std::size_t>(worker)],

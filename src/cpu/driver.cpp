@@ -43,9 +43,11 @@ static void clear(const Operand& x, int64_t batches, int64_t rows, int64_t heads
     for (int64_t r = 0; r < rows; ++r)
       for (int64_t h = 0; h < heads; ++h) {
         char* to = x.at(b, r, h);
-        if (x.stride_col == 1) std::memset(to, 0, static_cast<std::size_t>(cols * size));
+        if (x.stride_col == 1)
+          std::memset(to, 0, static_cast<std::size_t>(cols * size));
         else
-          for (int64_t c = 0; c < cols; ++c) std::memset(to + c * x.stride_col * size, 0, static_cast<std::size_t>(size));
+          for (int64_t c = 0; c < cols; ++c)
+            std::memset(to + c * x.stride_col * size, 0, static_cast<std::size_t>(size));
       }
 }
 

@@ -55,7 +55,8 @@ void pack(const Problem& p, const Kernels& k, const Head& h, int64_t first) {
 }
 
 /// The end of the softmax: o / l, and lse = ln 2 (m + log2 l), with a sink as one more logit of the denominator.
-void finish_row(const Problem& p, const Kernels& k, const Scratch& s, int64_t r, int64_t batch, int64_t row, int64_t head) {
+void finish_row(const Problem& p, const Kernels& k, const Scratch& s, int64_t r, int64_t batch, int64_t row,
+                int64_t head) {
   double sum = 0;
   for (int64_t i = 0; i < k.width; ++i) sum += s.l[r * k.width + i];
   double m = s.m[r];
@@ -93,12 +94,23 @@ void attend(const Problem& p, const Kernels& k, const Head& h, const AttendRange
   std::fill(s.l, s.l + n * k.width, 0.0f);
   k.load_rows({s.q_rows, n, p.headdim, p.q.stride_col, p.dtype}, q_factor(p.scores), s.q, p.headdim);
   k.attend({
-      .rows = n, .headdim = p.headdim, .headdim_v = p.headdim_v,
-      .q = s.q, .k_panels = h.k_panels, .v_strips = h.v_strips, .keys = h.keys, .v_special = h.v_special,
-      .lo = s.lo, .hi = s.hi,
+      .rows = n,
+      .headdim = p.headdim,
+      .headdim_v = p.headdim_v,
+      .q = s.q,
+      .k_panels = h.k_panels,
+      .v_strips = h.v_strips,
+      .keys = h.keys,
+      .v_special = h.v_special,
+      .lo = s.lo,
+      .hi = s.hi,
       .softcap_log2 = softcap_log2(p.scores),
-      .slope_log2 = p.scores.alibi ? s.slope : nullptr, .position = s.position,
-      .o = s.o, .m = s.m, .l = s.l, .scratch = s.scores,
+      .slope_log2 = p.scores.alibi ? s.slope : nullptr,
+      .position = s.position,
+      .o = s.o,
+      .m = s.m,
+      .l = s.l,
+      .scratch = s.scores,
   });
   for (int64_t r = 0; r < n; ++r)
     finish_row(p, k, s, r, seq.q_batch, seq.q_row + range.row + r % range.rows, range.head + r / range.rows);

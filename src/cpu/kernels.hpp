@@ -74,11 +74,11 @@ struct BackwardTask {
 
 struct Kernels {
   const char* name;
-  int64_t width;   // floats in a vector
-  int64_t panel;   // P
-  int64_t group;   // rows of a score tile
-  int64_t block;   // keys of a score tile
-  int64_t attend_scratch;  // floats
+  int64_t width;             // floats in a vector
+  int64_t panel;             // P
+  int64_t group;             // rows of a score tile
+  int64_t block;             // keys of a score tile
+  int64_t attend_scratch;    // floats
   int64_t backward_group;    // rows of its score tile, at most 64
   int64_t backward_scratch;  // floats
 

@@ -32,9 +32,9 @@ Plan make_plan(const Problem& p, const Kernels& kernels) {
   plan.heads_per_wave = std::clamp<int64_t>(kWaveBytes / pack_bytes, 1, std::max<int64_t>(heads, 1));
   plan.waves = (heads + plan.heads_per_wave - 1) / plan.heads_per_wave;
 
-  plan.workspace_shared = static_cast<int64_t>(
-      Arena::padded<float>(plan.heads_per_wave * plan.pack_floats) +
-      Arena::padded<uint8_t>(plan.heads_per_wave * (plan.keys_padded / kernels.panel)));
+  plan.workspace_shared =
+      static_cast<int64_t>(Arena::padded<float>(plan.heads_per_wave * plan.pack_floats) +
+                           Arena::padded<uint8_t>(plan.heads_per_wave * (plan.keys_padded / kernels.panel)));
   plan.workspace_per_worker = static_cast<int64_t>(
       Arena::padded<float>(plan.rows * p.headdim) + Arena::padded<float>(plan.rows * headdim_v_padded) +
       Arena::padded<float>(plan.rows * kernels.width) + 3 * Arena::padded<float>(plan.rows) +
@@ -64,21 +64,23 @@ BackwardPlan make_backward_plan(const Problem& p, const Kernels& kernels) {
   const int64_t wanted = (kEnoughTasks + heads - 1) / heads;
   plan.splits = std::clamp<int64_t>(p.max_seqlen_k / kMinKeysPerSplit, 1, wanted);
   plan.keys_per_split = round_up((p.max_seqlen_k + plan.splits - 1) / plan.splits, kernels.panel);
-  if (plan.keys_per_split > 0) plan.splits = std::max<int64_t>(1, (p.max_seqlen_k + plan.keys_per_split - 1) / plan.keys_per_split);
+  if (plan.keys_per_split > 0)
+    plan.splits = std::max<int64_t>(1, (p.max_seqlen_k + plan.keys_per_split - 1) / plan.keys_per_split);
 
   const int64_t d = round_up(p.headdim, kernels.width), dv = round_up(p.headdim_v, kernels.width);
   const int64_t partial = plan.splits * p.group() * p.max_seqlen_q * d;
-  plan.heads_per_wave = plan.splits == 1 ? heads : std::clamp<int64_t>(kPartialBytes / std::max<int64_t>(4 * partial, 1), 1, heads);
-  if (plan.splits > 1) plan.workspace_shared = static_cast<int64_t>(Arena::padded<float>(plan.heads_per_wave * partial));
+  plan.heads_per_wave =
+      plan.splits == 1 ? heads : std::clamp<int64_t>(kPartialBytes / std::max<int64_t>(4 * partial, 1), 1, heads);
+  if (plan.splits > 1)
+    plan.workspace_shared = static_cast<int64_t>(Arena::padded<float>(plan.heads_per_wave * partial));
 
   const int64_t keys = plan.keys_per_split, rows = p.max_seqlen_q;
   const auto floats = [](int64_t n) { return static_cast<int64_t>(Arena::padded<float>(n)); };
-  plan.workspace_per_worker = floats(keys * p.headdim) + floats(keys * p.headdim_v) + 2 * floats(keys * d) +
-                              floats(keys * dv) + 2 * floats(rows * d) + floats(rows * dv) + 3 * floats(rows) +
-                              floats(kernels.backward_scratch) +
-                              static_cast<int64_t>(3 * Arena::padded<int64_t>(rows) +
-                                                   Arena::padded<uint8_t>(keys / kernels.panel) +
-                                                   Arena::padded<uint8_t>(rows / kernels.backward_group + 1));
+  plan.workspace_per_worker =
+      floats(keys * p.headdim) + floats(keys * p.headdim_v) + 2 * floats(keys * d) + floats(keys * dv) +
+      2 * floats(rows * d) + floats(rows * dv) + 3 * floats(rows) + floats(kernels.backward_scratch) +
+      static_cast<int64_t>(3 * Arena::padded<int64_t>(rows) + Arena::padded<uint8_t>(keys / kernels.panel) +
+                           Arena::padded<uint8_t>(rows / kernels.backward_group + 1));
   return plan;
 }
 

@@ -97,7 +97,7 @@ FLASH_ATTN_INLINE vf tanh(vf x) {
   p = p * z - 0.3333328068256378f;
   const vf near_zero = x + x * z * p;
   const vf clamped = a > all(10.0f) ? all(10.0f) : a;  // tanh(10) is 1 in fp32; a NaN stays
-  const vf e = exp2(clamped * -2.88539008177793f);      // e^(-2a), in (0, 1]
+  const vf e = exp2(clamped * -2.88539008177793f);     // e^(-2a), in (0, 1]
   const vf far = (1.0f - e) / (1.0f + e);
   const vf signed_far = as_float(as_int(far) | (as_int(x) & static_cast<int32_t>(0x80000000)));
   return a < all(0.625f) ? near_zero : signed_far;
@@ -171,8 +171,10 @@ FLASH_ATTN_INLINE void store_from_float(char* p, vf x, DType dtype, int64_t stri
   alignas(64) char buffer[4 * W];
   const bool whole = n >= W && stride == 1;
   char* to = whole ? p : buffer;
-  if (dtype == DType::f32) store(reinterpret_cast<float*>(to), x);
-  else store_half(to, dtype == DType::bf16 ? to_bf16(x) : to_f16(x));
+  if (dtype == DType::f32)
+    store(reinterpret_cast<float*>(to), x);
+  else
+    store_half(to, dtype == DType::bf16 ? to_bf16(x) : to_f16(x));
   if (whole) return;
   if (n > W) n = W;
   for (int64_t i = 0; i < n; ++i) std::memcpy(p + i * stride * size, buffer + i * size, static_cast<size_t>(size));

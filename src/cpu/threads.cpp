@@ -45,11 +45,13 @@ int cgroup_cpus() {
   for (;; path.erase(path.rfind('/'))) {
     std::string quota;
     double period = 0;
-    if (std::ifstream file("/sys/fs/cgroup" + path + "/cpu.max"); file >> quota >> period) limit(std::atof(quota.c_str()), period);
+    if (std::ifstream file("/sys/fs/cgroup" + path + "/cpu.max"); file >> quota >> period)
+      limit(std::atof(quota.c_str()), period);
     if (path.find('/') == std::string::npos) break;
   }
   double quota = 0, period = 0;
-  if (std::ifstream q("/sys/fs/cgroup/cpu/cpu.cfs_quota_us"), p("/sys/fs/cgroup/cpu/cpu.cfs_period_us"); q >> quota && p >> period)
+  if (std::ifstream q("/sys/fs/cgroup/cpu/cpu.cfs_quota_us"), p("/sys/fs/cgroup/cpu/cpu.cfs_period_us");
+      q >> quota && p >> period)
     limit(quota, period);
   return cpus > 0 ? std::max(1, static_cast<int>(cpus + 0.5)) : 0;
 }
@@ -74,7 +76,8 @@ struct Job {
   std::exception_ptr error;
 
   void work(int worker) {
-    for (int64_t i; !failed.load(std::memory_order_relaxed) && (i = ticket.fetch_add(1, std::memory_order_relaxed)) < n;) {
+    for (int64_t i;
+         !failed.load(std::memory_order_relaxed) && (i = ticket.fetch_add(1, std::memory_order_relaxed)) < n;) {
       try {
         (*task)(i, worker);
       } catch (...) {
@@ -118,8 +121,10 @@ class Pool {
       job_ = nullptr;  // whoever wakes from here on is too late, and is not waited for
     }
     for (int spin = 0; busy_.load(std::memory_order_acquire) != 0; ++spin)
-      if (spin < kSpins) pause();
-      else std::this_thread::yield();  // a worker has lost its core: it needs ours
+      if (spin < kSpins)
+        pause();
+      else
+        std::this_thread::yield();  // a worker has lost its core: it needs ours
   }
 
  private:

@@ -16,13 +16,13 @@
 namespace flash_attn::reference {
 
 struct SoftmaxRow {
-  Interval visible;              // keys [lo, hi); the vectors below are indexed by j - lo
-  std::vector<double> p;         // P_j
-  std::vector<double> z;         // Z_j
-  std::vector<double> ds_du;     // d s_j / d u_j: 1, or 1 - tanh^2 under softcap
+  Interval visible;           // keys [lo, hi); the vectors below are indexed by j - lo
+  std::vector<double> p;      // P_j
+  std::vector<double> z;      // Z_j
+  std::vector<double> ds_du;  // d s_j / d u_j: 1, or 1 - tanh^2 under softcap
   double p_sink = 0.0;
   double lse = 0.0;
-  bool empty = false;            // sees nothing
+  bool empty = false;  // sees nothing
 
   int64_t size() const { return visible.hi - visible.lo; }
 };

@@ -54,7 +54,8 @@ inline void attend(const AttendTask& t) {
       if (last <= first) continue;
       const int64_t n = last - first;
 
-      multiply_panels({t.q + r0 * t.headdim, t.headdim, 1, nullptr, 0, s, lds, t.headdim}, rows, t.k_panels, first, last);
+      multiply_panels({t.q + r0 * t.headdim, t.headdim, 1, nullptr, 0, s, lds, t.headdim}, rows, t.k_panels, first,
+                      last);
       for (int64_t r = 0; r < rows; ++r) {
         float* row = s + r * lds;
         if (t.softcap_log2 != 0.0f) softcap_row(row, n, t.softcap_log2);

@@ -22,9 +22,7 @@ inline constexpr int kRegisters = 16;
 inline constexpr int kPanelVectors = kRegisters == 32 ? 4 : 2;  // NR of a full panel or strip
 inline constexpr int kPanel = kPanelVectors * W;
 
-constexpr int full_rows(int nr) {
-  return kRegisters == 32 ? (nr == 4 ? 6 : nr == 3 ? 8 : 12) : (nr == 2 ? 6 : 12);
-}
+constexpr int full_rows(int nr) { return kRegisters == 32 ? (nr == 4 ? 6 : nr == 3 ? 8 : 12) : (nr == 2 ? 6 : 12); }
 
 /// A: element (r, k) at a[r * row_stride + k * k_stride].  B: row k at b + k * ldb.  C: row r at c + r * ldc.
 struct Gemm {

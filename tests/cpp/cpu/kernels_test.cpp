@@ -25,8 +25,10 @@ TEST_P(EveryIsa, WidensEvery16BitPatternExactly) {
     k.load_rows({&row, 1, 65536, 1, dtype}, 1.0f, wide.data(), 65536);
     for (int i = 0; i < 65536; ++i) {
       const float want = dtype == DType::f16 ? f16_to_float(bits[i]) : bf16_to_float(bits[i]);
-      if (std::isnan(want)) EXPECT_TRUE(std::isnan(wide[i])) << i;
-      else EXPECT_EQ(wide[i], want) << i;
+      if (std::isnan(want))
+        EXPECT_TRUE(std::isnan(wide[i])) << i;
+      else
+        EXPECT_EQ(wide[i], want) << i;
     }
   }
 }
@@ -39,7 +41,8 @@ TEST_P(EveryIsa, NarrowsToNearestEven) {
     for (uint32_t i = 0; i < 65536; ++i) {
       const auto bits = static_cast<uint16_t>(i);
       const float a = dtype == DType::f16 ? f16_to_float(bits) : bf16_to_float(bits);
-      const float b = dtype == DType::f16 ? f16_to_float(static_cast<uint16_t>(i + 1)) : bf16_to_float(static_cast<uint16_t>(i + 1));
+      const float b = dtype == DType::f16 ? f16_to_float(static_cast<uint16_t>(i + 1))
+                                          : bf16_to_float(static_cast<uint16_t>(i + 1));
       const float middle = a + (b - a) / 2;
       for (float y : {a, middle, std::nextafter(middle, a), std::nextafter(middle, b)}) x.push_back(y);
     }
@@ -50,8 +53,10 @@ TEST_P(EveryIsa, NarrowsToNearestEven) {
     k.store_rows({&row, 1, n, 1, dtype}, &one, x.data(), n);
     for (std::size_t i = 0; i < x.size(); ++i) {
       const uint16_t want = dtype == DType::f16 ? f16_from_float(x[i]) : bf16_from_float(x[i]);
-      if (std::isnan(x[i])) EXPECT_TRUE(std::isnan(dtype == DType::f16 ? f16_to_float(out[i]) : bf16_to_float(out[i])));
-      else EXPECT_EQ(out[i], want) << x[i];
+      if (std::isnan(x[i]))
+        EXPECT_TRUE(std::isnan(dtype == DType::f16 ? f16_to_float(out[i]) : bf16_to_float(out[i])));
+      else
+        EXPECT_EQ(out[i], want) << x[i];
     }
   }
 }
@@ -84,7 +89,8 @@ TEST_P(EveryIsa, PanelsAndStripsHoldTheRows) {
 TEST_P(EveryIsa, NothingBeyondARowIsTouched) {
   const cpu::Kernels& k = *GetParam();
   const auto page = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
-  char* const memory = static_cast<char*>(mmap(nullptr, 2 * page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+  char* const memory =
+      static_cast<char*>(mmap(nullptr, 2 * page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
   ASSERT_NE(memory, MAP_FAILED);
   ASSERT_EQ(mprotect(memory + page, page, PROT_NONE), 0);  // reading or writing here ends the test
   std::vector<float> wide(4096), panel(static_cast<std::size_t>(k.panel * 128));

@@ -86,11 +86,14 @@ TEST_P(AgainstOracle, ForwardAndBackward) {
     got.out = want.out, got.lse = want.lse;
     cpu::backward(make_problem(got.backward_call()), *kernels);
     // delta = dout . out is taken from the rounded out, as everywhere: its error grows with the root of headdim_v.
-    const double through_delta = 4 * atol * std::max(1.0, std::sqrt(static_cast<double>(got.v.size(got.v.tensor().ndim - 1)) / 128));
+    const double through_delta =
+        4 * atol * std::max(1.0, std::sqrt(static_cast<double>(got.v.size(got.v.tensor().ndim - 1)) / 128));
     EXPECT_TRUE(close(got.dq, want.dq, through_delta, atol));
     EXPECT_TRUE(close(got.dk, want.dk, through_delta, atol));
     EXPECT_TRUE(close(got.dv, want.dv, 4 * atol, atol));
-    if (got.sink.present()) { EXPECT_TRUE(close(got.dsink, want.dsink, 40 * atol, atol)); }
+    if (got.sink.present()) {
+      EXPECT_TRUE(close(got.dsink, want.dsink, 40 * atol, atol));
+    }
     EXPECT_TRUE(got.dq.gaps_untouched() && got.dk.gaps_untouched() && got.dv.gaps_untouched());
   }
 }
@@ -128,7 +131,8 @@ TEST(Cpu, PagesChunksAndPaddingAreJustOtherSequences) {
   // Three pages of 16 keys, in a shuffled order, of which the first 5 keys are padding and the last 3 unused.
   const Dims d{1, 9, 48, 2, 1, 24, 24};
   AttentionCase got = AttentionCase::fixed(DType::bf16, d);
-  got.k = HostTensor::normal(DType::bf16, {7, 16, 1, 24}, 3), got.v = HostTensor::normal(DType::bf16, {7, 16, 1, 24}, 4);
+  got.k = HostTensor::normal(DType::bf16, {7, 16, 1, 24}, 3),
+  got.v = HostTensor::normal(DType::bf16, {7, 16, 1, 24}, 4);
   got.block_table = HostTensor::ints({6, 0, 3}, {1, 3});
   got.leftpad_k = HostTensor::ints({5});
   got.seqused_k = HostTensor::ints({45});

@@ -32,7 +32,10 @@ TEST(Threads, EveryTaskRunsOnceAndWorkersStayInRange) {
 
 TEST(Threads, TheFirstExceptionArrivesAndThePoolGoesOn) {
   set_num_threads(3);
-  EXPECT_THROW(cpu::parallel_for(100, 3, [](int64_t i, int) { if (i == 17) throw std::runtime_error("17"); }),
+  EXPECT_THROW(cpu::parallel_for(100, 3,
+                                 [](int64_t i, int) {
+                                   if (i == 17) throw std::runtime_error("17");
+                                 }),
                std::runtime_error);
   std::atomic<int> count{0};
   cpu::parallel_for(100, 3, [&](int64_t, int) { count++; });

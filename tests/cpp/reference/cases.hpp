@@ -34,23 +34,41 @@ inline std::vector<NamedCase> differentiable_cases() {
       change("headdim_v", [](AttentionCase&) {}, {.headdim = 4, .headdim_v = 6}),
       change("softcap", [](AttentionCase& c) { c.scores.softcap = 0.8; }),
       change("alibi", [](AttentionCase& c) { c.alibi = slopes({4}); }),
-      change("alibi_per_batch", [](AttentionCase& c) { c.alibi = slopes({2, 4}); }),
-      change("bias", [](AttentionCase& c) { c.bias = drawn({2, 4, 5, 7}); }),
-      change("bias_over_batch", [](AttentionCase& c) { c.bias = drawn({1, 4, 5, 7}); }),
-      change("bias_over_heads", [](AttentionCase& c) { c.bias = drawn({2, 1, 5, 7}); }),
-      change("bias_over_rows", [](AttentionCase& c) { c.bias = drawn({2, 4, 1, 7}); }),
-      change("bias_over_all", [](AttentionCase& c) { c.bias = drawn({1, 1, 1, 7}); }),
-      change("bias_hides_keys", [](AttentionCase& c) {
-        c.bias = drawn({1, 1, 5, 7});
-        for (int j = 0; j < 7; ++j) c.bias.put(-INFINITY, 0, 0, 2, j);
-        c.bias.put(-INFINITY, 0, 0, 3, 0);
-      }),
+      change("alibi_per_batch",
+             [](AttentionCase& c) {
+               c.alibi = slopes({2, 4});
+             }),
+      change("bias",
+             [](AttentionCase& c) {
+               c.bias = drawn({2, 4, 5, 7});
+             }),
+      change("bias_over_batch",
+             [](AttentionCase& c) {
+               c.bias = drawn({1, 4, 5, 7});
+             }),
+      change("bias_over_heads",
+             [](AttentionCase& c) {
+               c.bias = drawn({2, 1, 5, 7});
+             }),
+      change("bias_over_rows",
+             [](AttentionCase& c) {
+               c.bias = drawn({2, 4, 1, 7});
+             }),
+      change("bias_over_all",
+             [](AttentionCase& c) {
+               c.bias = drawn({1, 1, 1, 7});
+             }),
+      change("bias_hides_keys",
+             [](AttentionCase& c) {
+               c.bias = drawn({1, 1, 5, 7});
+               for (int j = 0; j < 7; ++j) c.bias.put(-INFINITY, 0, 0, 2, j);
+               c.bias.put(-INFINITY, 0, 0, 3, 0);
+             }),
       change("causal", [](AttentionCase& c) { c.scores.causal = true; }),
       change("causal_more_queries", [](AttentionCase& c) { c.scores.causal = true; }, {.seqlen_q = 7, .seqlen_k = 4}),
       change("window", [](AttentionCase& c) { c.scores.window_left = 2, c.scores.window_right = 1; }),
       change("window_left_zero", [](AttentionCase& c) { c.scores.window_left = 0; }),
-      change("window_more_queries",
-             [](AttentionCase& c) { c.scores.window_left = 1, c.scores.window_right = 1; },
+      change("window_more_queries", [](AttentionCase& c) { c.scores.window_left = 1, c.scores.window_right = 1; },
              {.seqlen_q = 9, .seqlen_k = 4}),
       change("chunk", [](AttentionCase& c) { c.scores.attention_chunk = 3; }),
       change("chunk_causal_more_queries",
@@ -60,30 +78,38 @@ inline std::vector<NamedCase> differentiable_cases() {
       change("sink_rows_without_keys", [](AttentionCase& c) { c.sink = drawn({4}), c.scores.causal = true; },
              {.seqlen_q = 7, .seqlen_k = 4}),
       change("dropout", [](AttentionCase& c) { c.dropout = {.p = 0.3, .seed = 42, .offset = 7}; }),
-      change("seqused", [](AttentionCase& c) {
-        c.seqused_q = HostTensor::ints({3, 5}), c.seqused_k = HostTensor::ints({6, 0});
-        c.scores.causal = true;
-      }),
-      change("leftpad", [](AttentionCase& c) {
-        c.leftpad_k = HostTensor::ints({2, 0}), c.seqused_k = HostTensor::ints({7, 5});
-        c.scores.window_left = 2, c.bias = drawn({2, 4, 5, 7});
-      }),
-      change("everything", [](AttentionCase& c) {
-        c.scores = {.softmax_scale = 0.7, .causal = true, .window_left = 4, .attention_chunk = 5, .softcap = 1.5};
-        c.alibi = slopes({2, 4}), c.bias = drawn({1, 4, 5, 7}), c.sink = drawn({4});
-        c.dropout = {.p = 0.25, .seed = 3, .offset = 1};
-      }, {.headdim = 5, .headdim_v = 2}),
-      {"strides", [] {
+      change("seqused",
+             [](AttentionCase& c) {
+               c.seqused_q = HostTensor::ints({3, 5}), c.seqused_k = HostTensor::ints({6, 0});
+               c.scores.causal = true;
+             }),
+      change("leftpad",
+             [](AttentionCase& c) {
+               c.leftpad_k = HostTensor::ints({2, 0}), c.seqused_k = HostTensor::ints({7, 5});
+               c.scores.window_left = 2, c.bias = drawn({2, 4, 5, 7});
+             }),
+      change("everything",
+             [](AttentionCase& c) {
+               c.scores = {
+                   .softmax_scale = 0.7, .causal = true, .window_left = 4, .attention_chunk = 5, .softcap = 1.5};
+               c.alibi = slopes({2, 4}), c.bias = drawn({1, 4, 5, 7}), c.sink = drawn({4});
+               c.dropout = {.p = 0.25, .seed = 3, .offset = 1};
+             },
+             {.headdim = 5, .headdim_v = 2}),
+      {"strides",
+       [] {
          AttentionCase c = AttentionCase::fixed(DType::f64, {}, 1, {.order = {2, 3, 0, 1}, .step = 2, .pad = 3});
          c.scores.causal = true;
          return c;
        }},
-      {"varlen", [] {
+      {"varlen",
+       [] {
          AttentionCase c = AttentionCase::packed(DType::f64, {3, 0, 4, 2}, {5, 2, 0, 1}, {}, 1, 2);
          c.scores.causal = true, c.sink = drawn({4}), c.alibi = slopes({4, 4});
          return c;
        }},
-      {"varlen_everything", [] {
+      {"varlen_everything",
+       [] {
          AttentionCase c = AttentionCase::packed(DType::f64, {3, 6}, {7, 4}, {.headdim_v = 2}, 1, 1);
          c.scores = {.window_left = 3, .window_right = 1, .softcap = 2.0};
          c.bias = drawn({2, 1, 6, 7}), c.seqused_q = HostTensor::ints({2, 6}), c.seqused_k = HostTensor::ints({7, 3});
@@ -96,14 +122,16 @@ inline std::vector<NamedCase> differentiable_cases() {
 /// The ways to read a KV cache: forward only.
 inline std::vector<NamedCase> cache_cases() {
   return {
-      {"cache_batch_idx", [] {
+      {"cache_batch_idx",
+       [] {
          AttentionCase c = AttentionCase::fixed(DType::f64, {.batch = 3});
          c.q = HostTensor::normal(DType::f64, {2, 5, 4, 3}, 5), c.out = c.q.like();
          c.lse = HostTensor(DType::f32, {2, 4, 5});
          c.cache_batch_idx = HostTensor::ints({2, 0});
          return c;
        }},
-      {"paged", [] {
+      {"paged",
+       [] {
          AttentionCase c = AttentionCase::fixed(DType::f64, {.batch = 6, .seqlen_k = 3});  // six pages of three keys
          c.q = HostTensor::normal(DType::f64, {2, 5, 4, 3}, 5), c.out = c.q.like();
          c.lse = HostTensor(DType::f32, {2, 4, 5});

@@ -11,9 +11,9 @@ struct Dims {
 };
 
 struct AttentionCase {
-  HostTensor q, k, v, dout, dlse;                   // inputs, N(0, 1)
-  HostTensor out, lse, dq, dk, dv, dbias, dsink;    // results, unwritten
-  HostTensor alibi, bias, sink;                     // optional, as in Scores
+  HostTensor q, k, v, dout, dlse;                 // inputs, N(0, 1)
+  HostTensor out, lse, dq, dk, dv, dbias, dsink;  // results, unwritten
+  HostTensor alibi, bias, sink;                   // optional, as in Scores
   HostTensor cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, leftpad_k, cache_batch_idx, block_table;
   Scores scores{};  // the numbers; tensors are those above
   Dropout dropout{};
@@ -22,8 +22,8 @@ struct AttentionCase {
   /// Fixed length: q is (batch, seqlen_q, nheads, headdim).
   static AttentionCase fixed(DType dtype, const Dims& d, uint64_t seed = 1, const Layout& layout = {}) {
     AttentionCase c;
-    c.fill(dtype, {d.batch, d.seqlen_q, d.nheads}, {d.batch, d.seqlen_k, d.nheads_k},
-           {d.batch, d.nheads, d.seqlen_q}, d, seed, layout);
+    c.fill(dtype, {d.batch, d.seqlen_q, d.nheads}, {d.batch, d.seqlen_k, d.nheads_k}, {d.batch, d.nheads, d.seqlen_q},
+           d, seed, layout);
     return c;
   }
 
@@ -44,9 +44,13 @@ struct AttentionCase {
   }
 
   Sequences sequences() const {
-    return {.cu_seqlens_q = cu_seqlens_q.tensor(), .cu_seqlens_k = cu_seqlens_k.tensor(),
-            .seqused_q = seqused_q.tensor(), .seqused_k = seqused_k.tensor(), .leftpad_k = leftpad_k.tensor(),
-            .cache_batch_idx = cache_batch_idx.tensor(), .block_table = block_table.tensor()};
+    return {.cu_seqlens_q = cu_seqlens_q.tensor(),
+            .cu_seqlens_k = cu_seqlens_k.tensor(),
+            .seqused_q = seqused_q.tensor(),
+            .seqused_k = seqused_k.tensor(),
+            .leftpad_k = leftpad_k.tensor(),
+            .cache_batch_idx = cache_batch_idx.tensor(),
+            .block_table = block_table.tensor()};
   }
   Scores all_scores() const {
     Scores s = scores;
@@ -54,17 +58,36 @@ struct AttentionCase {
     return s;
   }
   Forward forward_call() const {
-    return {.q = q.tensor(), .k = k.tensor(), .v = v.tensor(), .out = out.tensor(), .lse = lse.tensor(),
-            .sequences = sequences(), .scores = all_scores(), .dropout = dropout, .run = run};
+    return {.q = q.tensor(),
+            .k = k.tensor(),
+            .v = v.tensor(),
+            .out = out.tensor(),
+            .lse = lse.tensor(),
+            .sequences = sequences(),
+            .scores = all_scores(),
+            .dropout = dropout,
+            .run = run};
   }
   /// Gradients of bias and sink are asked for where these are given.
   Backward backward_call() {
     if (bias.present()) dbias = bias.like(DType::f32);
     if (sink.present()) dsink = sink.like(DType::f32);
-    return {.dout = dout.tensor(), .q = q.tensor(), .k = k.tensor(), .v = v.tensor(), .out = out.tensor(),
-            .lse = lse.tensor(), .dq = dq.tensor(), .dk = dk.tensor(), .dv = dv.tensor(), .dlse = dlse.tensor(),
-            .dbias = dbias.tensor(), .dsink = dsink.tensor(), .sequences = sequences(), .scores = all_scores(),
-            .dropout = dropout, .run = run};
+    return {.dout = dout.tensor(),
+            .q = q.tensor(),
+            .k = k.tensor(),
+            .v = v.tensor(),
+            .out = out.tensor(),
+            .lse = lse.tensor(),
+            .dq = dq.tensor(),
+            .dk = dk.tensor(),
+            .dv = dv.tensor(),
+            .dlse = dlse.tensor(),
+            .dbias = dbias.tensor(),
+            .dsink = dsink.tensor(),
+            .sequences = sequences(),
+            .scores = all_scores(),
+            .dropout = dropout,
+            .run = run};
   }
 
  private:

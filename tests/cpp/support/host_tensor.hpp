@@ -120,9 +120,7 @@ class HostTensor {
  private:
   static constexpr unsigned char kUnwritten = 0xFF;
 
-  int64_t offset(const Shape& at) const {
-    return std::inner_product(at.begin(), at.end(), view_.stride, int64_t{0});
-  }
+  int64_t offset(const Shape& at) const { return std::inner_product(at.begin(), at.end(), view_.stride, int64_t{0}); }
   template <class T>
   T peek(int64_t offset) const {
     T x;
