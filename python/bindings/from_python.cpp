@@ -100,7 +100,12 @@ nb::object with_sign(nb::handle object) {
 Tensor from_capsule(nb::handle object, const char* name, Owners& owners) {
   nb::object source = with_sign(object);
   if (nb::hasattr(source, "detach")) source = source.attr("detach")();
-  nb::object capsule = source.attr("__dlpack__")();
+  nb::object capsule = nb::steal(PyObject_CallMethod(source.ptr(), "__dlpack__", nullptr));
+  if (!capsule
+           .is_valid()) {  // what torch says of a tensor that has no dense memory; anything else is the caller's affair
+    if (PyErr_ExceptionMatches(PyExc_RuntimeError) || PyErr_ExceptionMatches(PyExc_BufferError)) refuse_export(name);
+    throw nb::python_error();
+  }
   owners.push_back(capsule);  // unconsumed: it frees what it owns when it goes
   if (PyCapsule_IsValid(capsule.ptr(), "dltensor")) {
     return convert(static_cast<dlpack::Managed*>(PyCapsule_GetPointer(capsule.ptr(), "dltensor"))->tensor, object,

@@ -25,7 +25,7 @@ def _attend(
     `varlen`: None, or (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table).
     """
     differentiable = [*inputs, learnable_sink, attn_bias]
-    needs_grad = is_grad_enabled and any(getattr(x, "requires_grad", False) for x in differentiable)
+    needs_grad = is_grad_enabled and any(isinstance(x, Tensor) and x.requires_grad for x in differentiable)
     cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table = varlen or (None,) * 5
     if needs_grad and block_table is not None:
         raise NotImplementedError("block_table: pages of keys and values are not differentiable")
