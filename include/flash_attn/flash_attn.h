@@ -55,8 +55,7 @@ typedef struct flash_attn_tensor {
   int64_t stride[FLASH_ATTN_MAX_DIMS];
 } flash_attn_tensor;
 
-/* A contiguous tensor in the CPU's memory. An ndim outside [0, 5], or a null `shape`, gives a tensor that is refused.
- */
+/* A contiguous tensor in the CPU's memory. An ndim outside [0, 5] or a null `shape` gives one that is refused. */
 flash_attn_tensor flash_attn_view(const void* data, int32_t dtype, int32_t ndim, const int64_t* shape);
 
 /* What forward and backward share. Null tensors are absent. */
