@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "commands.hpp"
+#include "cpu/limits.hpp"
 #include "flash_attn/flash_attn.hpp"
 #include "machine.hpp"
 #include "terminal.hpp"
@@ -13,7 +14,7 @@ namespace flash_attn::cli {
 namespace {
 
 /// Which of the limits gives the number of threads in use.
-std::string what_decides(const ThreadLimits& limits, int threads) {
+std::string what_decides(const cpu::ThreadLimits& limits, int threads) {
   if (limits.requested > 0) return "FLASH_ATTENTION_NUM_THREADS";
   const double granted = limits.quota > 0 ? std::min<double>(limits.quota, limits.affinity) : limits.affinity;
   if (limits.omp > 0 && limits.omp < granted) return "OMP_NUM_THREADS";
@@ -29,7 +30,7 @@ std::string gpu_text(const Gpus& gpus) {
 
 void info(const JsonOption& json) {
   const std::vector<Cache> cache_list = caches();
-  const ThreadLimits limits = thread_limits();
+  const cpu::ThreadLimits limits = cpu::thread_limits();
   const Gpus gpu = gpus();
   const int threads = num_threads();
   const std::string decides = what_decides(limits, threads), isa = cpu_isa();

@@ -2,12 +2,10 @@
 
 #include <dlfcn.h>
 #include <fmt/format.h>
-#include <sched.h>
 #include <sys/utsname.h>
 #include <unistd.h>
 
 #include <algorithm>
-#include <cstdlib>
 #include <filesystem>
 #include <fstream>
 #include <sstream>
@@ -56,47 +54,6 @@ int64_t parse_size(const std::string& text) {
   return n;
 }
 
-int positive_variable(const char* name) {
-  const char* value = std::getenv(name);
-  return value ? std::max(0, std::atoi(value)) : 0;
-}
-
-/// CPUs granted by "quota period" (cgroup v2's cpu.max, or v1's two files); 0 if unlimited.
-double ratio(const std::string& quota, const std::string& period) {
-  const double q = std::atof(quota.c_str()), p = std::atof(period.c_str());
-  return q > 0 && p > 0 ? q / p : 0.0;
-}
-
-/// The tightest limit from this process's group up to the root of the hierarchy.
-double cgroup_quota() {
-  double tightest = 0;
-  const auto take = [&](double cpus) {
-    if (cpus > 0 && (tightest == 0 || cpus < tightest)) tightest = cpus;
-  };
-  std::ifstream in("/proc/self/cgroup");
-  for (std::string line; std::getline(in, line);) {
-    const auto a = line.find(':'), b = line.find(':', a + 1);
-    if (b == std::string::npos) continue;
-    const std::string controllers = line.substr(a + 1, b - a - 1);
-    const bool v2 = controllers.empty();
-    if (!v2 && ("," + controllers + ",").find(",cpu,") == std::string::npos) continue;
-    const fs::path root = v2 ? "/sys/fs/cgroup" : "/sys/fs/cgroup/cpu";
-    for (fs::path group = line.substr(b + 1);; group = group.parent_path()) {
-      const fs::path folder = root / group.relative_path();
-      if (v2) {
-        std::istringstream max(first_line(folder / "cpu.max"));
-        std::string quota, period;
-        max >> quota >> period;
-        take(ratio(quota, period));
-      } else {
-        take(ratio(first_line(folder / "cpu.cfs_quota_us"), first_line(folder / "cpu.cfs_period_us")));
-      }
-      if (!group.has_relative_path()) break;
-    }
-  }
-  return tightest;
-}
-
 }  // namespace
 
 std::string cpu_model() {
@@ -130,18 +87,6 @@ std::vector<Cache> caches() {
 #endif
   std::sort(found.begin(), found.end(), [](const Cache& a, const Cache& b) { return a.name < b.name; });
   return found;
-}
-
-ThreadLimits thread_limits() {
-  ThreadLimits limits;
-  limits.online = static_cast<int>(sysconf(_SC_NPROCESSORS_ONLN));
-  cpu_set_t set;
-  CPU_ZERO(&set);
-  limits.affinity = sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set) : limits.online;
-  limits.quota = cgroup_quota();
-  limits.requested = positive_variable("FLASH_ATTENTION_NUM_THREADS");
-  limits.omp = positive_variable("OMP_NUM_THREADS");
-  return limits;
 }
 
 Gpus gpus() {

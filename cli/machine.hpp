@@ -18,15 +18,6 @@ std::string cpu_model();
 /// Data and unified caches of the first CPU; empty if the system does not say.
 std::vector<Cache> caches();
 
-struct ThreadLimits {
-  int online = 0;     // logical CPUs of the machine
-  int affinity = 0;   // those this process may run on
-  double quota = 0;   // CPUs that the cgroup grants; 0: no limit
-  int requested = 0;  // FLASH_ATTENTION_NUM_THREADS; 0: not set, or no positive number
-  int omp = 0;        // OMP_NUM_THREADS; the same
-};
-ThreadLimits thread_limits();
-
 struct Gpus {
   std::vector<std::string> found;  // one line each
   bool driver = false;             // the CUDA driver's library loads

@@ -21,12 +21,13 @@ struct RowList {
   DType dtype;         // f16, bf16 or f32
 };
 
-/// Packed fp32 copies of one head's keys or values (or, in the backward, of any rows x cols matrix).
-///
-///   panels: [rows / P][cols][P]      P rows side by side, transposed: B operand of  X . rows^T
-///   strips: [cols / P][rows_pad][P]  P columns side by side:          B operand of  X . rows   (the last one narrower)
-///
-/// P = Kernels::panel. Rows are padded with zeros to a multiple of P, columns of strips to a multiple of the width.
+// Packed fp32 copies of one head's keys or values.
+//
+//   panels: [rows / P][cols][P]      P rows side by side, transposed: B operand of  X . rows^T
+//   strips: [cols / P][rows_pad][P]  P columns side by side:          B operand of  X . rows   (the last one narrower)
+//
+// P = Kernels::panel. Rows are padded with zeros to a multiple of P, columns of strips to a multiple of the width.
+
 /// One task of the forward: `rows` queries of one key head against its packed keys [0, keys).
 ///   s = q . k  (q carries scale * log2(e), or scale / softcap)  ->  softcap, ALiBi  ->  mask  ->  p = 2^(s - m)
 struct AttendTask {

@@ -5,66 +5,23 @@
 #include "cpu/threads.hpp"
 
 #include <pthread.h>
-#include <sched.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
 #include <condition_variable>
-#include <cstdlib>
 #include <exception>
-#include <fstream>
 #include <memory>
 #include <mutex>
-#include <string>
 #include <thread>
 #include <vector>
 
+#include "cpu/limits.hpp"
 #include "flash_attn/flash_attn.hpp"
 
 namespace flash_attn {
 namespace cpu {
 namespace {
-
-int positive_env(const char* name) {
-  const char* text = std::getenv(name);
-  const int n = text ? std::atoi(text) : 0;
-  return n > 0 ? n : 0;
-}
-
-/// CPUs that the control group of this process and its parents pay for, or 0. cgroup v2: "quota period" in cpu.max of
-/// every group on the path that /proc/self/cgroup names ("0::/a/b"); v1: two files.
-int cgroup_cpus() {
-  double cpus = 0;
-  const auto limit = [&cpus](double quota, double period) {
-    if (quota > 0 && period > 0 && (cpus == 0 || quota / period < cpus)) cpus = quota / period;
-  };
-  std::string line, path = "/";
-  for (std::ifstream groups("/proc/self/cgroup"); std::getline(groups, line);)
-    if (line.rfind("0::", 0) == 0) path = line.substr(3);
-  for (;; path.erase(path.rfind('/'))) {
-    std::string quota;
-    double period = 0;
-    if (std::ifstream file("/sys/fs/cgroup" + path + "/cpu.max"); file >> quota >> period)
-      limit(std::atof(quota.c_str()), period);
-    if (path.find('/') == std::string::npos) break;
-  }
-  double quota = 0, period = 0;
-  if (std::ifstream q("/sys/fs/cgroup/cpu/cpu.cfs_quota_us"), p("/sys/fs/cgroup/cpu/cpu.cfs_period_us");
-      q >> quota && p >> period)
-    limit(quota, period);
-  return cpus > 0 ? std::max(1, static_cast<int>(cpus + 0.5)) : 0;
-}
-
-int default_threads() {
-  if (const int n = positive_env("FLASH_ATTENTION_NUM_THREADS")) return n;
-  int n = static_cast<int>(std::thread::hardware_concurrency());
-  cpu_set_t set;
-  if (sched_getaffinity(0, sizeof set, &set) == 0) n = CPU_COUNT(&set);
-  if (const int quota = cgroup_cpus()) n = std::min(n, quota);
-  if (const int omp = positive_env("OMP_NUM_THREADS")) n = std::min(n, omp);
-  return std::max(1, n);
-}
 
 constexpr int kSpins = 2000;  // some ten microseconds: a wait is usually shorter, a wake-up longer
 
@@ -199,7 +156,7 @@ int max_workers() {
   State& s = state();
   int n = s.threads.load();
   if (n == 0) {
-    s.threads.compare_exchange_strong(n, default_threads());
+    s.threads.compare_exchange_strong(n, default_threads(thread_limits()));
     n = s.threads.load();
   }
   return n;
@@ -228,7 +185,7 @@ void parallel_for(int64_t n, int threads, const std::function<void(int64_t, int)
 
 int num_threads() { return cpu::max_workers(); }
 
-void set_num_threads(int n) { cpu::state().threads.store(n > 0 ? n : cpu::default_threads()); }
+void set_num_threads(int n) { cpu::state().threads.store(n > 0 ? n : cpu::default_threads(cpu::thread_limits())); }
 
 void set_parallel_for(ParallelFor host) {
   std::atomic_store(&cpu::state().host,
