@@ -23,7 +23,8 @@ class CpuBackend final : public Backend {
   std::string plan(const Problem& p) const override {
     const cpu::Kernels& k = cpu::active_kernels();
     if (p.pass == Pass::backward) return cpu::describe(cpu::make_backward_plan(p, k), k);
-    return cpu::describe(cpu::make_plan(p, k), k);
+    const cpu::AttendKernel& kernel = cpu::attend_kernel(k, p.dtype);
+    return cpu::describe(cpu::make_plan(p, kernel, k.width), k, kernel);
   }
   void forward(const Problem& p) const override { cpu::forward(p, cpu::active_kernels()); }
   void backward(const Problem& p) const override { cpu::backward(p, cpu::active_kernels()); }

@@ -70,7 +70,7 @@ void load_queries(const Problem& p, const Kernels& k, const Sequence& seq, int64
   for (int64_t r = begin; r < end; r += k.backward_group) {
     const int64_t n = std::min(k.backward_group, end - r);
     const bool special_q =
-        k.load_rows(query_rows(p.q, seq, head, r, n, p.headdim, rows), q_factor(p.scores), s.q + r * d, d);
+        k.load_rows(query_rows(p.q, seq, head, r, n, p.headdim, rows), score_scale(p.scores).sign, s.q + r * d, d);
     const bool special_dout =
         k.load_rows(query_rows(p.dout, seq, head, r, n, p.headdim_v, rows), 1.0f, s.dout + r * dv_cols, dv_cols);
     s.row_special[(r - begin) / k.backward_group] = special_q || special_dout;
@@ -102,9 +102,6 @@ double sink_gradient_without_keys(const Problem& p, const Sequence& seq, int64_t
   return sum;
 }
 
-/// What is left of the chain rule: x = q_factor * q . k, and the logit is x * ln 2, or softcap * tanh(x).
-float dx_factor(const ScorePipeline& s) { return static_cast<float>(s.softcap > 0 ? s.softcap : kLn2); }
-
 template <class FindRow>
 void store_all(const Kernels& k, int64_t n, int64_t cols, int64_t stride_col, DType dtype, float factor,
                const float* src, int64_t ld, const FindRow& find) {
@@ -119,7 +116,7 @@ void store_all(const Kernels& k, int64_t n, int64_t cols, int64_t stride_col, DT
 }
 
 void store_dq(const Problem& p, const Kernels& k, const Sequence& seq, int64_t head, const float* dq) {
-  store_all(k, seq.seqlen_q, p.headdim, p.dq.stride_col, p.dtype, dx_factor(p.scores) * q_factor(p.scores), dq,
+  store_all(k, seq.seqlen_q, p.headdim, p.dq.stride_col, p.dtype, static_cast<float>(p.scores.scale), dq,
             round_up(p.headdim, k.width), [&](int64_t i) { return p.dq.at(seq.q_batch, seq.q_row + i, head); });
 }
 
@@ -132,6 +129,7 @@ struct Task {
 void run(const Problem& p, const Kernels& k, const BackwardPlan& plan, const Task& t, const Scratch& s, double* dsink) {
   const Sequence& seq = t.sequence;
   const int64_t d = round_up(p.headdim, k.width), dv_cols = round_up(p.headdim_v, k.width);
+  const ScoreScale scale = score_scale(p.scores);
   const int64_t begin = t.split * plan.keys_per_split, end = std::min(begin + plan.keys_per_split, seq.seqlen_k);
   const int64_t keys = round_up(std::max<int64_t>(end - begin, 0), k.panel);
   if (keys > 0) pack_keys(p, k, seq, t.hk, begin, end, s);
@@ -175,7 +173,8 @@ void run(const Problem& p, const Kernels& k, const BackwardPlan& plan, const Tas
           .k_special = s.k_special,
           .lo = s.lo + first,
           .hi = s.hi + first,
-          .softcap_log2 = softcap_log2(p.scores),
+          .scale = scale.scale,
+          .softcap_log2 = scale.softcap_log2,
           .slope_log2 = p.scores.alibi ? s.slope + first : nullptr,
           .position = s.position + first,
           .dq = dq + first * d,
@@ -187,7 +186,7 @@ void run(const Problem& p, const Kernels& k, const BackwardPlan& plan, const Tas
     if (!t.dq_partials) store_dq(p, k, seq, head, dq);
   }
   if (end <= begin) return;
-  store_all(k, end - begin, p.headdim, p.dk.stride_col, p.dtype, dx_factor(p.scores), s.dk, d,
+  store_all(k, end - begin, p.headdim, p.dk.stride_col, p.dtype, static_cast<float>(std::abs(p.scores.scale)), s.dk, d,
             [&](int64_t j) { return p.dk.at(seq.k_batch, seq.k_row + begin + j, t.hk); });
   store_all(k, end - begin, p.headdim_v, p.dv.stride_col, p.dtype, 1.0f, s.dv, dv_cols,
             [&](int64_t j) { return p.dv.at(seq.k_batch, seq.k_row + begin + j, t.hk); });

@@ -1,6 +1,7 @@
 #include "cpu/driver.hpp"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 
 #include "core/half.hpp"
@@ -24,6 +25,17 @@ void key_rows(const Problem& p, const Operand& x, const Sequence& s, int64_t hea
     for (int64_t i = 0; i < run; ++i, row += step) rows[done + i] = row;
     done += run;
   }
+}
+
+ScoreScale score_scale(const ScorePipeline& s) {
+  const double scale = std::abs(s.scale) * (s.softcap > 0 ? 1 / s.softcap : kLog2e);
+  const auto softcap_log2 = static_cast<float>(s.softcap * kLog2e);
+  if (!(static_cast<float>(scale) > 0.0f)) return {0.0f, 1.0f, softcap_log2};
+  return {s.scale < 0 ? -1.0f : 1.0f, static_cast<float>(scale), softcap_log2};
+}
+
+const AttendKernel& attend_kernel(const Kernels& k, DType dtype) {
+  return *(dtype == DType::f32 ? k.attend_f32 : dtype == DType::bf16 ? k.attend_bf16 : k.attend_f16);
 }
 
 double sink_logit(const ScorePipeline& s, int64_t head) {

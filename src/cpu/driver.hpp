@@ -17,11 +17,16 @@ inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; 
 void key_rows(const Problem& p, const Operand& x, const Sequence& s, int64_t head, int64_t first, int64_t n,
               const char** rows);
 
-/// The factor that q carries, and the kernels' softcap: s = q . k is scale * log2(e) * logit, or logit / softcap.
-inline float q_factor(const ScorePipeline& s) {
-  return static_cast<float>(s.softcap > 0 ? s.scale / s.softcap : s.scale * kLog2e);
-}
-inline float softcap_log2(const ScorePipeline& s) { return static_cast<float>(s.softcap * kLog2e); }
+/// How a kernel gets scores from products x = (sign q) . k:  s = scale x, or softcap_log2 tanh(scale x), in log2 units.
+/// The scale is positive, so that maxima of x are maxima of s and -inf stays what it is; q carries only its sign, which
+/// rounds nothing.
+struct ScoreScale {
+  float sign, scale, softcap_log2;  // softcap_log2 0: off
+};
+ScoreScale score_scale(const ScorePipeline& scores);
+
+/// The forward kernel for a dtype.
+const AttendKernel& attend_kernel(const Kernels& kernels, DType dtype);
 
 /// The sink of a head as a logit (natural log units).
 double sink_logit(const ScorePipeline& s, int64_t head);

@@ -1,5 +1,7 @@
-// Forward: for each wave of heads, pack keys and values, then attend row by row range.
+// Forward: for each wave of heads, pack keys and values, then attend row by row range. Heads that the kernel of the
+// dtype has to leave (special rows in a kernel of plain ones) are done again by the kernel that takes any.
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <vector>
 
@@ -13,28 +15,28 @@ namespace {
 
 /// One key head of one sequence, and where its packs are.
 struct Head {
-  int64_t b, hk;
+  int64_t index;  // batch entry * nheads_k + key head
   Sequence sequence;
-  float* k_panels;
-  float* v_strips;
+  char *k, *v;
   uint8_t* v_special;
   int64_t keys;  // padded to panels
 };
 
 /// Scratch of one worker, for tasks of plan.rows rows.
 struct Scratch {
-  float *q, *o, *l, *m, *slope, *factor, *scores;
+  char *q, *tiles;
+  float *o, *l, *m, *slope, *factor;
   int64_t *lo, *hi, *position;
   const char **q_rows, **out_rows;
 
-  Scratch(Arena& arena, const Problem& p, const Plan& plan, const Kernels& k)
-      : q(arena.take<float>(plan.rows * p.headdim)),
-        o(arena.take<float>(plan.rows * round_up(p.headdim_v, k.width))),
-        l(arena.take<float>(plan.rows * k.width)),
+  Scratch(Arena& arena, const Problem& p, const Plan& plan, const AttendKernel& kernel, int64_t width)
+      : q(arena.take<char>(kernel.q_bytes(plan.rows, p.headdim))),
+        tiles(arena.take<char>(kernel.scratch)),
+        o(arena.take<float>(plan.rows * round_up(p.headdim_v, width))),
+        l(arena.take<float>(plan.rows * width)),
         m(arena.take<float>(plan.rows)),
         slope(arena.take<float>(plan.rows)),
         factor(arena.take<float>(plan.rows)),
-        scores(arena.take<float>(k.attend_scratch)),
         lo(arena.take<int64_t>(plan.rows)),
         hi(arena.take<int64_t>(plan.rows)),
         position(arena.take<int64_t>(plan.rows)),
@@ -42,16 +44,28 @@ struct Scratch {
         out_rows(arena.take<const char*>(plan.rows)) {}
 };
 
-/// Packs the P keys from `first` of a head.
-void pack(const Problem& p, const Kernels& k, const Head& h, int64_t first) {
+/// What all tasks of a pass over heads share.
+struct Pass {
+  const Problem& p;
+  const Kernels& k;
+  const AttendKernel& kernel;
+  const Plan plan;
+  std::vector<std::atomic<bool>> left;  // (heads of the wave): to be done again by another kernel
+};
+
+/// Packs the panel of keys from `first` of a head; returns whether the head must be left.
+bool pack(const Pass& pass, const Head& h, int64_t first) {
+  const Problem& p = pass.p;
+  const AttendKernel& kernel = pass.kernel;
   const char* rows[64];
-  const int64_t n = std::min(k.panel, h.sequence.seqlen_k - first);
-  std::fill(rows, rows + k.panel, nullptr);
-  key_rows(p, p.k, h.sequence, h.hk, first, n, rows);
-  k.pack_panel({rows, k.panel, p.headdim, p.k.stride_col, p.dtype}, h.k_panels + first * p.headdim);
-  key_rows(p, p.v, h.sequence, h.hk, first, n, rows);
-  h.v_special[first / k.panel] =
-      k.pack_strips({rows, k.panel, p.headdim_v, p.v.stride_col, p.dtype}, h.v_strips, h.keys, first);
+  const int64_t n = std::min(kernel.panel, h.sequence.seqlen_k - first), hk = h.index % p.nheads_k;
+  std::fill(rows, rows + kernel.panel, nullptr);
+  key_rows(p, p.k, h.sequence, hk, first, n, rows);
+  const bool k_special = kernel.pack_k({rows, kernel.panel, p.headdim, p.k.stride_col, p.dtype}, h.k, h.keys, first);
+  key_rows(p, p.v, h.sequence, hk, first, n, rows);
+  const bool v_special = kernel.pack_v({rows, kernel.panel, p.headdim_v, p.v.stride_col, p.dtype}, h.v, h.keys, first);
+  h.v_special[first / kernel.panel] = v_special;
+  return kernel.plain_only && (k_special || v_special);
 }
 
 /// The end of the softmax: o / l, and lse = ln 2 (m + log2 l), with a sink as one more logit of the denominator.
@@ -75,97 +89,126 @@ void finish_row(const Problem& p, const Kernels& k, const Scratch& s, int64_t r,
   if (p.lse.present()) *reinterpret_cast<float*>(p.lse.at(batch, row, head)) = static_cast<float>(lse);
 }
 
-void attend(const Problem& p, const Kernels& k, const Head& h, const AttendRange& range, const Scratch& s) {
+/// Attends and writes the rows of a range; returns whether the head must be left instead.
+bool attend(const Pass& pass, const Head& h, const AttendRange& range, const Scratch& s) {
+  const Problem& p = pass.p;
+  const Kernels& k = pass.k;
   const Sequence& seq = h.sequence;
-  const int64_t n = range.heads * range.rows;
+  const ScoreScale scale = score_scale(p.scores);
+  const int64_t n = range.heads * range.rows, ldo = round_up(p.headdim_v, k.width);
   for (int64_t r = 0; r < n; ++r) {
     const int64_t head = range.head + r / range.rows, i = range.row + r % range.rows;
     const Interval seen = p.scores.mask.row(i, seq.seqlen_q, seq.seqlen_k);
     s.lo[r] = seen.lo;
     s.hi[r] = seen.hi;
     s.position[r] = i + seq.seqlen_k - seq.seqlen_q;
-    s.slope[r] = static_cast<float>(p.scores.alibi_slope(h.b, head) * kLog2e);
+    s.slope[r] = static_cast<float>(p.scores.alibi_slope(h.index / p.nheads_k, head) * kLog2e);
     s.m[r] = -INFINITY;
     s.q_rows[r] = p.q.at(seq.q_batch, seq.q_row + i, head);
     s.out_rows[r] = p.out.at(seq.q_batch, seq.q_row + i, head);
   }
-  const int64_t ldo = round_up(p.headdim_v, k.width);
   std::fill(s.o, s.o + n * ldo, 0.0f);
   std::fill(s.l, s.l + n * k.width, 0.0f);
-  k.load_rows({s.q_rows, n, p.headdim, p.q.stride_col, p.dtype}, q_factor(p.scores), s.q, p.headdim);
-  k.attend({
+  const bool special = pass.kernel.pack_q({s.q_rows, n, p.headdim, p.q.stride_col, p.dtype}, scale.sign, s.q);
+  if (special && pass.kernel.plain_only) return true;
+  pass.kernel.attend({
       .rows = n,
       .headdim = p.headdim,
       .headdim_v = p.headdim_v,
       .q = s.q,
-      .k_panels = h.k_panels,
-      .v_strips = h.v_strips,
+      .k = h.k,
+      .v = h.v,
       .keys = h.keys,
       .v_special = h.v_special,
       .lo = s.lo,
       .hi = s.hi,
-      .softcap_log2 = softcap_log2(p.scores),
+      .scale = scale.scale,
+      .softcap_log2 = scale.softcap_log2,
       .slope_log2 = p.scores.alibi ? s.slope : nullptr,
       .position = s.position,
       .o = s.o,
       .m = s.m,
       .l = s.l,
-      .scratch = s.scores,
+      .scratch = s.tiles,
   });
   for (int64_t r = 0; r < n; ++r)
     finish_row(p, k, s, r, seq.q_batch, seq.q_row + range.row + r % range.rows, range.head + r / range.rows);
   k.store_rows({s.out_rows, n, p.headdim_v, p.out.stride_col, p.dtype}, s.factor, s.o, ldo);
+  return false;
 }
 
 struct Work {
-  const Head* head;
+  std::size_t head;
   AttendRange range;
 };
+
+/// The forward of the heads listed by index; returns those that the kernel leaves.
+std::vector<int64_t> attend_heads(const Problem& p, const Kernels& k, const AttendKernel& kernel,
+                                  const std::vector<int64_t>& indices) {
+  Pass pass{p, k, kernel, make_plan(p, kernel, k.width), {}};
+  const Plan& plan = pass.plan;
+  const int workers = max_workers();
+  Arena arena(static_cast<std::size_t>(plan.workspace_shared + workers * plan.workspace_per_worker));
+  char* const packs = arena.take<char>(plan.heads_per_wave * plan.pack_bytes);
+  uint8_t* const special = arena.take<uint8_t>(plan.heads_per_wave * (plan.keys_padded / kernel.panel));
+  std::vector<Scratch> scratch;
+  for (int w = 0; w < workers; ++w) scratch.emplace_back(arena, p, plan, kernel, k.width);
+
+  std::vector<Head> heads;
+  std::vector<Work> work;
+  std::vector<int64_t> left;
+  const auto count = static_cast<int64_t>(indices.size());
+  for (int64_t first = 0; first < count; first += plan.heads_per_wave) {
+    heads.clear();
+    work.clear();
+    for (int64_t i = first; i < std::min(first + plan.heads_per_wave, count); ++i) {
+      const int64_t index = indices[static_cast<std::size_t>(i)], slot = i - first;
+      const Sequence s = p.sequences.at(index / p.nheads_k);
+      char* const pack = packs + slot * plan.pack_bytes;
+      heads.push_back({index, s, pack, pack + plan.k_bytes, special + slot * (plan.keys_padded / kernel.panel),
+                       round_up(s.seqlen_k, kernel.panel)});
+    }
+    // Chunks of packing of about a quarter of a million elements; the heads' offsets in chunks, by binary search.
+    const int64_t chunk =
+        std::max<int64_t>(1, (int64_t{1} << 18) / (kernel.panel * (p.headdim + p.headdim_v))) * kernel.panel;
+    std::vector<int64_t> chunks_before(1, 0);
+    for (std::size_t i = 0; i < heads.size(); ++i) {
+      const Sequence& s = heads[i].sequence;
+      chunks_before.push_back(chunks_before.back() + (s.seqlen_k + chunk - 1) / chunk);
+      for (const AttendRange& r : attend_ranges(p, plan, heads[i].index % p.nheads_k, s.seqlen_q))
+        work.push_back({i, r});
+    }
+    pass.left = std::vector<std::atomic<bool>>(heads.size());
+    parallel_for(chunks_before.back(), workers, [&](int64_t i, int) {
+      const auto next = std::upper_bound(chunks_before.begin(), chunks_before.end(), i);
+      const auto at = static_cast<std::size_t>(next - chunks_before.begin() - 1);
+      const Head& h = heads[at];
+      const int64_t begin = (i - *(next - 1)) * chunk;
+      for (int64_t j = begin; j < std::min(begin + chunk, h.sequence.seqlen_k); j += kernel.panel)
+        if (pack(pass, h, j)) pass.left[at] = true;
+    });
+    parallel_for(static_cast<int64_t>(work.size()), workers, [&](int64_t i, int worker) {
+      const Work& w = work[static_cast<std::size_t>(i)];
+      if (!pass.left[w.head] && attend(pass, heads[w.head], w.range, scratch[static_cast<std::size_t>(worker)]))
+        pass.left[w.head] = true;
+    });
+    for (std::size_t i = 0; i < heads.size(); ++i)
+      if (pass.left[i]) left.push_back(heads[i].index);
+  }
+  return left;
+}
 
 }  // namespace
 
 void forward(const Problem& p, const Kernels& k) {
   clear_if_uncovered(p);
-  const Plan plan = make_plan(p, k);
-  const int workers = max_workers();
-  Arena arena(static_cast<std::size_t>(plan.workspace_shared + workers * plan.workspace_per_worker));
-  float* const packs = arena.take<float>(plan.heads_per_wave * plan.pack_floats);
-  uint8_t* const special = arena.take<uint8_t>(plan.heads_per_wave * (plan.keys_padded / k.panel));
-  std::vector<Scratch> scratch;
-  for (int w = 0; w < workers; ++w) scratch.emplace_back(arena, p, plan, k);
-
-  std::vector<Head> heads;
-  std::vector<Work> work;
-  const int64_t all_heads = p.batch * p.nheads_k;
-  for (int64_t first = 0; first < all_heads; first += plan.heads_per_wave) {
-    heads.clear();
-    work.clear();
-    for (int64_t i = first; i < std::min(first + plan.heads_per_wave, all_heads); ++i) {
-      const Sequence s = p.sequences.at(i / p.nheads_k);
-      if (s.empty()) continue;
-      const int64_t slot = i - first, keys = round_up(s.seqlen_k, k.panel);
-      float* const pack = packs + slot * plan.pack_floats;
-      heads.push_back({i / p.nheads_k, i % p.nheads_k, s, pack, pack + keys * p.headdim,
-                       special + slot * (plan.keys_padded / k.panel), keys});
-    }
-    // Chunks of packing of about a quarter of a million elements; the heads' offsets in chunks, by binary search.
-    const int64_t chunk = std::max<int64_t>(1, (int64_t{1} << 18) / (k.panel * (p.headdim + p.headdim_v))) * k.panel;
-    std::vector<int64_t> chunks_before(1, 0);
-    for (const Head& h : heads) {
-      chunks_before.push_back(chunks_before.back() + (h.sequence.seqlen_k + chunk - 1) / chunk);
-      for (const AttendRange& r : attend_ranges(p, plan, h.hk, h.sequence.seqlen_q)) work.push_back({&h, r});
-    }
-    parallel_for(chunks_before.back(), workers, [&](int64_t i, int) {
-      const auto next = std::upper_bound(chunks_before.begin(), chunks_before.end(), i);
-      const Head& h = heads[static_cast<std::size_t>(next - chunks_before.begin() - 1)];
-      const int64_t begin = (i - *(next - 1)) * chunk;
-      for (int64_t j = begin; j < std::min(begin + chunk, h.sequence.seqlen_k); j += k.panel) pack(p, k, h, j);
-    });
-    parallel_for(static_cast<int64_t>(work.size()), workers, [&](int64_t i, int worker) {
-      const Work& w = work[static_cast<std::size_t>(i)];
-      attend(p, k, *w.head, w.range, scratch[static_cast<std::size_t>(worker)]);
-    });
+  std::vector<int64_t> heads;
+  for (int64_t b = 0; b < p.batch; ++b) {
+    if (p.sequences.at(b).empty()) continue;
+    for (int64_t hk = 0; hk < p.nheads_k; ++hk) heads.push_back(b * p.nheads_k + hk);
   }
+  const std::vector<int64_t> left = attend_heads(p, k, attend_kernel(k, p.dtype), heads);
+  if (!left.empty()) attend_heads(p, k, *k.attend_any, left);
 }
 
 }  // namespace flash_attn::cpu

@@ -21,36 +21,61 @@ struct RowList {
   DType dtype;         // f16, bf16 or f32
 };
 
-// Packed fp32 copies of one head's keys or values.
+/// One task of the forward: `rows` queries of one key head against its packed keys [0, keys).
+///   x = q . k  ->  s = scale x, or softcap tanh(scale x)  ->  ALiBi  ->  mask  ->  p = 2^(s - m)
+/// All scores are in log2 units. q, k and v are packs of the kernel's own making; q carries the sign of the scale.
+struct AttendTask {
+  int64_t rows, headdim, headdim_v;
+  const char* q;             // of `rows` rows
+  const char *k, *v;         // of `keys` rows
+  int64_t keys;              // padded to panels
+  const uint8_t* v_special;  // (keys / panel): what pack_v returned; nullptr if all false
+  const int64_t *lo, *hi;    // (rows): visible keys
+  float scale;               // positive; log2(e) |softmax_scale|, or |softmax_scale| / softcap
+  float softcap_log2;        // softcap * log2(e); 0: off
+  const float* slope_log2;   // (rows): ALiBi slope * log2(e); nullptr: off
+  const int64_t* position;   // (rows): the key position that the row stands at
+  float* o;                  // (rows padded to groups, headdim_v padded to the width): sum of p . v
+  float* m;                  // (rows): max of s
+  float* l;                  // (rows, width): sum of p, by lanes
+  char* scratch;
+};
+
+/// The forward in one arithmetic: how rows are packed, and the loop over them. Sizes are in bytes, multiples of 64.
+///
+/// `special` rows hold values that the arithmetic cannot treat one by one: 0 * inf is NaN, so a product over keys that
+/// only some rows see must not meet an inf, and a number that is split into parts must be finite.
+struct AttendKernel {
+  const char* name;  // of the arithmetic
+  int64_t panel;     // keys packed at a time, at most 64
+  int64_t group;     // rows of a score tile
+  int64_t block;     // keys of a score tile
+  int64_t scratch;
+  int64_t (*q_bytes)(int64_t rows, int64_t headdim);
+  int64_t (*k_bytes)(int64_t keys, int64_t headdim);
+  int64_t (*v_bytes)(int64_t keys, int64_t headdim_v);
+
+  /// sign * rows -> q. Like the next two, returns whether some row is special.
+  bool (*pack_q)(const RowList& rows, float sign, char* q);
+  /// One panel of keys (its list has `panel` rows) -> keys [first, first + panel) of a pack of `keys`.
+  bool (*pack_k)(const RowList& rows, char* k, int64_t keys, int64_t first);
+  bool (*pack_v)(const RowList& rows, char* v, int64_t keys, int64_t first);
+  void (*attend)(const AttendTask& task);
+  /// Whether a head with special rows is left to `Kernels::attend_any` (else the kernel takes v_special into account).
+  bool plain_only;
+};
+
+// Packed fp32 copies of one head's keys or values, for the backward and the forward in fp32.
 //
 //   panels: [rows / P][cols][P]      P rows side by side, transposed: B operand of  X . rows^T
 //   strips: [cols / P][rows_pad][P]  P columns side by side:          B operand of  X . rows   (the last one narrower)
 //
 // P = Kernels::panel. Rows are padded with zeros to a multiple of P, columns of strips to a multiple of the width.
 
-/// One task of the forward: `rows` queries of one key head against its packed keys [0, keys).
-///   s = q . k  (q carries scale * log2(e), or scale / softcap)  ->  softcap, ALiBi  ->  mask  ->  p = 2^(s - m)
-struct AttendTask {
-  int64_t rows, headdim, headdim_v;
-  const float* q;            // (rows, headdim)
-  const float* k_panels;     // panels of (keys, headdim)
-  const float* v_strips;     // strips of (keys, headdim_v)
-  int64_t keys;              // padded
-  const uint8_t* v_special;  // (keys / panel): 1 if the panel's values have an inf or a NaN
-  const int64_t *lo, *hi;    // (rows): visible keys
-  float softcap_log2;        // softcap * log2(e); 0: off
-  const float* slope_log2;   // (rows): ALiBi slope * log2(e); nullptr: off
-  const int64_t* position;   // (rows): the key position that the row stands at
-  float* o;                  // (rows, headdim_v padded to the width): sum of p . v
-  float* m;                  // (rows): max of s, in log2 units
-  float* l;                  // (rows, width): sum of p, by lanes
-  float* scratch;            // attend_scratch floats
-};
-
-/// One task of the backward: `rows` queries of one head against packed keys [0, keys). With x = q . k (q as above),
-///   p = 2^(s(x) - base),  u = dout . v - delta,  dx = p u  (times 1 - tanh(x)^2 with softcap)
-///   dv += p^T dout        dk += dx^T q           dq += dx k
-/// The driver multiplies dk and dq by what is left of the chain rule when it writes them.
+/// One task of the backward: `rows` queries of one head against packed keys [0, keys). With x and s as above,
+///   p = 2^(s - base),  u = dout . v - delta,  dx = p u  (times 1 - tanh(scale x)^2 with softcap)
+///   dv += p^T dout     dk += dx^T q           dq += dx k
+/// The driver multiplies dk and dq by the softmax scale when it writes them.
 struct BackwardTask {
   int64_t rows, headdim, headdim_v;
   const float* q;              // (rows, headdim padded to the width), padded with zeros
@@ -64,7 +89,7 @@ struct BackwardTask {
   int64_t keys;                // padded
   const uint8_t* k_special;    // (keys / panel)
   const int64_t *lo, *hi;      // (rows)
-  float softcap_log2;
+  float scale, softcap_log2;   // as above
   const float* slope_log2;
   const int64_t* position;
   float* dq;       // (rows, headdim padded): added to
@@ -75,13 +100,12 @@ struct BackwardTask {
 
 struct Kernels {
   const char* name;
-  int64_t width;             // floats in a vector
-  int64_t panel;             // P
-  int64_t group;             // rows of a score tile
-  int64_t block;             // keys of a score tile
-  int64_t attend_scratch;    // floats
-  int64_t backward_group;    // rows of its score tile, at most 64
-  int64_t backward_scratch;  // floats
+  int64_t width;                                              // floats in a vector
+  int64_t panel;                                              // P
+  const AttendKernel *attend_f32, *attend_bf16, *attend_f16;  // the forward, by the dtype of q, k and v
+  const AttendKernel* attend_any;                             // the forward of special rows
+  int64_t backward_group;                                     // rows of its score tile, at most 64
+  int64_t backward_scratch;                                   // floats
 
   /// One panel (P rows, fewer at the end) -> panels[p]. Returns whether it has an inf or a NaN.
   bool (*pack_panel)(const RowList& rows, float* panel);
@@ -93,7 +117,6 @@ struct Kernels {
   void (*store_rows)(const RowList& rows, const float* factor, const float* src, int64_t ld);
   /// dots[r] = sum over columns of row r of the list times row r of x (rows, ld).
   void (*dot_rows)(const RowList& rows, const float* x, int64_t ld, float* dots);
-  void (*attend)(const AttendTask& task);
   void (*backward)(const BackwardTask& task);
 };
 

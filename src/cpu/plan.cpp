@@ -17,29 +17,30 @@ constexpr int64_t kEnoughTasks = 32;
 constexpr int64_t kMinKeysPerSplit = 256;
 constexpr int64_t kPartialBytes = int64_t{64} << 20;
 
-Plan make_plan(const Problem& p, const Kernels& kernels) {
+Plan make_plan(const Problem& p, const AttendKernel& kernel, int64_t width) {
   Plan plan;
   const int64_t heads = p.batch * p.nheads_k;
   const int64_t all_rows = p.max_seqlen_q * p.group();
-  plan.rows = std::min(kMaxRows, round_up(std::max<int64_t>(all_rows, 1), kernels.group));
-  while (plan.rows > 2 * kernels.group && heads * ((all_rows + plan.rows - 1) / plan.rows) < kEnoughTasks)
-    plan.rows -= kernels.group;
+  plan.rows = std::min(round_up(kMaxRows, kernel.group), round_up(std::max<int64_t>(all_rows, 1), kernel.group));
+  while (plan.rows > 2 * kernel.group && heads * ((all_rows + plan.rows - 1) / plan.rows) < kEnoughTasks)
+    plan.rows -= kernel.group;
 
-  plan.keys_padded = round_up(p.max_seqlen_k, kernels.panel);
-  const int64_t headdim_v_padded = round_up(p.headdim_v, kernels.width);
-  plan.pack_floats = plan.keys_padded * (p.headdim + headdim_v_padded);
-  const int64_t pack_bytes = std::max<int64_t>(plan.pack_floats * 4, 1);
-  plan.heads_per_wave = std::clamp<int64_t>(kWaveBytes / pack_bytes, 1, std::max<int64_t>(heads, 1));
+  plan.keys_padded = round_up(p.max_seqlen_k, kernel.panel);
+  plan.k_bytes = static_cast<int64_t>(Arena::padded<char>(kernel.k_bytes(plan.keys_padded, p.headdim)));
+  plan.pack_bytes =
+      plan.k_bytes + static_cast<int64_t>(Arena::padded<char>(kernel.v_bytes(plan.keys_padded, p.headdim_v)));
+  plan.heads_per_wave =
+      std::clamp<int64_t>(kWaveBytes / std::max<int64_t>(plan.pack_bytes, 1), 1, std::max<int64_t>(heads, 1));
   plan.waves = (heads + plan.heads_per_wave - 1) / plan.heads_per_wave;
 
   plan.workspace_shared =
-      static_cast<int64_t>(Arena::padded<float>(plan.heads_per_wave * plan.pack_floats) +
-                           Arena::padded<uint8_t>(plan.heads_per_wave * (plan.keys_padded / kernels.panel)));
+      static_cast<int64_t>(Arena::padded<char>(plan.heads_per_wave * plan.pack_bytes) +
+                           Arena::padded<uint8_t>(plan.heads_per_wave * (plan.keys_padded / kernel.panel)));
   plan.workspace_per_worker = static_cast<int64_t>(
-      Arena::padded<float>(plan.rows * p.headdim) + Arena::padded<float>(plan.rows * headdim_v_padded) +
-      Arena::padded<float>(plan.rows * kernels.width) + 3 * Arena::padded<float>(plan.rows) +
-      3 * Arena::padded<int64_t>(plan.rows) + 2 * Arena::padded<const char*>(plan.rows) +
-      Arena::padded<float>(kernels.attend_scratch));
+      Arena::padded<char>(kernel.q_bytes(plan.rows, p.headdim)) +
+      Arena::padded<float>(plan.rows * round_up(p.headdim_v, width)) + Arena::padded<float>(plan.rows * width) +
+      3 * Arena::padded<float>(plan.rows) + 3 * Arena::padded<int64_t>(plan.rows) +
+      2 * Arena::padded<const char*>(plan.rows) + Arena::padded<char>(kernel.scratch));
   return plan;
 }
 
@@ -86,12 +87,13 @@ BackwardPlan make_backward_plan(const Problem& p, const Kernels& kernels) {
 
 static std::string kib(int64_t bytes) { return std::to_string(bytes >> 10) + " KiB"; }
 
-std::string describe(const Plan& plan, const Kernels& k) {
-  return std::string("isa ") + k.name + ", score tiles of " + std::to_string(k.group) + " rows x " +
-         std::to_string(k.block) + " keys, tasks of " + std::to_string(plan.rows) + " rows, " +
-         std::to_string(plan.waves) + (plan.waves == 1 ? " wave of " : " waves of ") +
-         std::to_string(plan.heads_per_wave) + " packed heads, workspace " + kib(plan.workspace_shared) + " + " +
-         kib(plan.workspace_per_worker) + " a worker";
+std::string describe(const Plan& plan, const Kernels& k, const AttendKernel& kernel) {
+  return std::string("isa ") + k.name + ", products in " + kernel.name + ", score tiles of " +
+         std::to_string(kernel.group) + " rows x " + std::to_string(kernel.block) + " keys, tasks of " +
+         std::to_string(plan.rows) + " rows, " + std::to_string(plan.waves) +
+         (plan.waves == 1 ? " wave of " : " waves of ") + std::to_string(plan.heads_per_wave) +
+         " packed heads, workspace " + kib(plan.workspace_shared) + " + " + kib(plan.workspace_per_worker) +
+         " a worker";
 }
 
 std::string describe(const BackwardPlan& plan, const Kernels& k) {

@@ -20,14 +20,16 @@ namespace flash_attn::cpu {
 struct Plan {
   int64_t rows = 0;            // of an attend task, a multiple of the kernel's group
   int64_t keys_padded = 0;     // of the longest sequence, to whole panels
-  int64_t pack_floats = 0;     // of one head: panels and strips
+  int64_t k_bytes = 0;         // of one head's packed keys
+  int64_t pack_bytes = 0;      // of one head: keys and values
   int64_t heads_per_wave = 0;  // packed at once
   int64_t waves = 0;
   int64_t workspace_shared = 0;      // bytes
   int64_t workspace_per_worker = 0;  // bytes
 };
 
-Plan make_plan(const Problem& problem, const Kernels& kernels);
+/// `width` is Kernels::width.
+Plan make_plan(const Problem& problem, const AttendKernel& kernel, int64_t width);
 
 /// Rows [row, row + rows) of each of `heads` heads from `head`, of one sequence and one key head.
 struct AttendRange {
@@ -48,7 +50,7 @@ struct BackwardPlan {
 
 BackwardPlan make_backward_plan(const Problem& problem, const Kernels& kernels);
 
-std::string describe(const Plan& plan, const Kernels& kernels);
+std::string describe(const Plan& plan, const Kernels& kernels, const AttendKernel& kernel);
 std::string describe(const BackwardPlan& plan, const Kernels& kernels);
 
 }  // namespace flash_attn::cpu

@@ -49,10 +49,11 @@ FLASH_ATTN_INLINE float sum_lanes(vf x) {
 
 #if FLASH_ATTN_WIDTH == 16
 FLASH_ATTN_INLINE float max_lanes(vf x) { return _mm512_reduce_max_ps(x); }
-FLASH_ATTN_INLINE vf round(vf x) { return _mm512_roundscale_ps(x, 8); }
-/// x * 2^n for n in [-126, 0]; 0 where t < -126 (whatever x is there), so that no denormal is ever made.
-FLASH_ATTN_INLINE vf scale_by_exponent(vf x, vf n, vf t) {
-  return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(t, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ), x, n);
+/// t - floor(t), in [0, 1).
+FLASH_ATTN_INLINE vf fraction(vf t) { return _mm512_reduce_ps(t, 1); }
+/// x * 2^floor(t) for t <= 127; 0 where t < -126 (whatever x is there), so that no denormal is ever made.
+FLASH_ATTN_INLINE vf scale_by_floor(vf x, vf t) {
+  return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(t, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ), x, t);
 }
 #else
 FLASH_ATTN_INLINE float max_lanes(vf x) {
@@ -62,28 +63,32 @@ FLASH_ATTN_INLINE float max_lanes(vf x) {
   for (int i = 1; i < W; ++i) m = lanes[i] > m ? lanes[i] : m;
   return m;
 }
-/// To nearest, |x| < 2^22: adding 1.5 * 2^23 leaves no bits below one.
-FLASH_ATTN_INLINE vf round(vf x) { return (x + 12582912.0f) - 12582912.0f; }
-FLASH_ATTN_INLINE vf scale_by_exponent(vf x, vf n, vf t) {
-  using vu = uint32_t __attribute__((vector_size(4 * W)));  // unsigned: n far below -126 wraps around, and is not used
-  const vu exponent = reinterpret_cast<vu>(__builtin_convertvector(n, vi)) << 23;
+#if FLASH_ATTN_WIDTH == 8
+FLASH_ATTN_INLINE vf floor(vf x) { return _mm256_floor_ps(x); }
+#else
+/// For |x| < 2^22: adding 1.5 * 2^23 leaves no bits below one. May be one less than the floor of a whole number.
+FLASH_ATTN_INLINE vf floor(vf x) { return ((x - 0.5f) + 12582912.0f) - 12582912.0f; }
+#endif
+FLASH_ATTN_INLINE vf fraction(vf t) { return t - floor(t); }
+FLASH_ATTN_INLINE vf scale_by_floor(vf x, vf t) {
+  using vu = uint32_t __attribute__((vector_size(4 * W)));  // unsigned: floors far below -126 wrap, and are not used
+  const vu exponent = reinterpret_cast<vu>(__builtin_convertvector(floor(t), vi)) << 23;
   const vf scaled = reinterpret_cast<vf>(reinterpret_cast<vu>(x) + exponent);
   const vf nan_or_scaled = t == t ? scaled : t;
   return t < all(-126.0f) ? vf{} : nan_or_scaled;
 }
 #endif
 
-/// 2^t, t <= 127. Relative error 1.1e-7 (degree-5 minimax on [-1/2, 1/2]); 0 below 2^-126; NaN stays NaN.
+/// 2^t, t <= 127. Relative error 1.5e-7 (degree-5 minimax on [0, 1], exact at 0); 0 below 2^-126; NaN stays NaN.
 FLASH_ATTN_INLINE vf exp2(vf t) {
-  const vf n = round(t);
-  const vf f = t - n;
-  vf p = all(0x1.5bba14p-10f);
-  p = p * f + 0x1.3cea88p-7f;
-  p = p * f + 0x1.c6b752p-5f;
-  p = p * f + 0x1.ebf9bcp-3f;
-  p = p * f + 0x1.62e42ap-1f;
+  const vf f = fraction(t);
+  vf p = all(0x1.e97502p-10f);
+  p = p * f + 0x1.277854p-7f;
+  p = p * f + 0x1.c91ce6p-5f;
+  p = p * f + 0x1.ebdb56p-3f;
+  p = p * f + 0x1.62e4bap-1f;
   p = p * f + 1.0f;
-  return scale_by_exponent(p, n, t);
+  return scale_by_floor(p, t);
 }
 
 /// tanh x. Near 0 an odd polynomial (minimax on |x| < 0.625, relative 4e-9), elsewhere (1 - e^-2x) / (1 + e^-2x).

@@ -8,6 +8,7 @@
 
 #include "cpu/kernel/pack.hpp"
 #include "cpu/kernel/scores.hpp"
+#include "cpu/kernel/softmax.hpp"
 
 #include "cpu/kernel/attend.hpp"
 #include "cpu/kernel/backward.hpp"

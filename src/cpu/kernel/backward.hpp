@@ -15,19 +15,20 @@ namespace flash_attn::cpu::FLASH_ATTN_ISA {
 inline constexpr int64_t kBackwardGroup = 48;
 inline constexpr int64_t kBackwardBlock = W == 16 ? 192 : 128;
 
-/// x = softcap * tanh(x) (log2 units), u = (u - delta) * (1 - tanh(x)^2).
-FLASH_ATTN_INLINE void softcap_gradient_row(float* x, float* u, int64_t n, float softcap_log2, float delta) {
+/// x = softcap * tanh(scale x) (log2 units), u = (u - delta) * (1 - tanh(scale x)^2).
+FLASH_ATTN_INLINE void softcap_gradient_row(float* x, float* u, int64_t n, float scale, float softcap_log2,
+                                            float delta) {
   for (int64_t j = 0; j < n; j += W) {
-    const vf t = tanh(load(x + j));
+    const vf t = tanh(load(x + j) * scale);
     store(u + j, (load(u + j) - delta) * (1.0f - t * t));
     store(x + j, t * softcap_log2);
   }
 }
 
-/// p = 2^(s - base) over s, dx = p * (u - delta) over u.
-FLASH_ATTN_INLINE void probability_row(float* s, float* u, int64_t n, float base, float delta) {
+/// p = 2^(scale s - base) over s, dx = p * (u - delta) over u.
+FLASH_ATTN_INLINE void probability_row(float* s, float* u, int64_t n, float scale, float base, float delta) {
   for (int64_t j = 0; j < n; j += W) {
-    const vf p = exp2(load(s + j) - base);
+    const vf p = exp2(load(s + j) * scale - base);
     store(s + j, p);
     store(u + j, p * (load(u + j) - delta));
   }
@@ -48,7 +49,7 @@ inline void backward(const BackwardTask& t) {
     const int64_t block_end = block + kBackwardBlock < t.keys ? block + kBackwardBlock : t.keys;
     for (int64_t r0 = 0; r0 < t.rows; r0 += kBackwardGroup) {
       const int64_t rows = t.rows - r0 < kBackwardGroup ? t.rows - r0 : kBackwardGroup;
-      const auto [first, last, partial] = seen_by(t.lo + r0, t.hi + r0, rows, block, block_end);
+      const auto [first, last, partial] = seen_by<kPanel, W>(t.lo + r0, t.hi + r0, rows, block, block_end);
       if (last <= first) continue;
       const int64_t n = last - first;
       const float *q = t.q + r0 * ldq, *dout = t.dout + r0 * ldv;
@@ -58,10 +59,13 @@ inline void backward(const BackwardTask& t) {
       multiply_panels({dout, ldv, 1, nullptr, 0, dx, lds, t.headdim_v}, rows, t.v_panels, first, last);
       for (int64_t r = 0; r < rows; ++r) {
         float *s = p + r * lds, *u = dx + r * lds;
-        float delta = t.delta[r0 + r];
-        if (t.softcap_log2 != 0.0f) softcap_gradient_row(s, u, n, t.softcap_log2, delta), delta = 0.0f;
-        if (t.slope_log2) alibi_row(s, n, t.slope_log2[r0 + r], t.position[r0 + r] - first);
-        probability_row(s, u, n, t.base[r0 + r], delta);
+        float scale = t.scale, delta = t.delta[r0 + r];
+        if (t.softcap_log2 != 0.0f) {
+          softcap_gradient_row(s, u, n, scale, t.softcap_log2, delta);
+          scale = 1.0f, delta = 0.0f;
+        }
+        if (t.slope_log2) alibi_row(s, n, scale, t.slope_log2[r0 + r], t.position[r0 + r] - first), scale = 1.0f;
+        probability_row(s, u, n, scale, t.base[r0 + r], delta);
         if (!partial) continue;
         const int64_t lo = t.lo[r0 + r] - first, hi = t.hi[r0 + r] - first;
         fill_outside(s, n, lo, hi, 0.0f);  // after the exponential: base and u may be NaN, and unseen keys must be 0

@@ -5,15 +5,15 @@ namespace flash_attn::cpu::FLASH_ATTN_ISA {
 inline constexpr float kInfinity = __builtin_inff();
 
 /// s[0, n) are the raw products of keys [first, first + n), n a multiple of W.
-FLASH_ATTN_INLINE void softcap_row(float* s, int64_t n, float softcap_log2) {
-  for (int64_t j = 0; j < n; j += W) store(s + j, tanh(load(s + j)) * softcap_log2);
+FLASH_ATTN_INLINE void softcap_row(float* s, int64_t n, float scale, float softcap_log2) {
+  for (int64_t j = 0; j < n; j += W) store(s + j, tanh(load(s + j) * scale) * softcap_log2);
 }
 
-/// - slope |position - key|: exact in fp32 for distances below 2^24.
-FLASH_ATTN_INLINE void alibi_row(float* s, int64_t n, float slope_log2, int64_t distance_to_first) {
+/// scale s - slope |position - key|: the distance is exact in fp32 below 2^24.
+FLASH_ATTN_INLINE void alibi_row(float* s, int64_t n, float scale, float slope_log2, int64_t distance_to_first) {
   const vf lanes = iota();
   for (int64_t j = 0; j < n; j += W)
-    store(s + j, load(s + j) - abs(static_cast<float>(distance_to_first - j) - lanes) * slope_log2);
+    store(s + j, load(s + j) * scale - abs(static_cast<float>(distance_to_first - j) - lanes) * slope_log2);
 }
 
 /// Columns outside [lo, hi) become `value`; lo and hi count from the row's first column and may lie outside [0, n).
@@ -23,14 +23,25 @@ FLASH_ATTN_INLINE void fill_outside(float* s, int64_t n, int64_t lo, int64_t hi,
   for (int64_t j = hi < 0 ? 0 : hi; j < n; ++j) s[j] = value;
 }
 
-/// What a group of rows sees of the keys [block, block_end): computes [first, last) (whole panels in front, whole
-/// vectors behind), and whether that holds keys that some row does not see. Rows may come from several heads: no order
-/// of lo and hi is assumed.
+/// All of it for row r of a forward task, s[0, n) being its products with keys [first, first + n). Returns the scale
+/// that is left to apply.
+FLASH_ATTN_INLINE float score_row(const AttendTask& t, int64_t r, float* s, int64_t first, int64_t n, bool partial) {
+  float scale = t.scale;
+  if (t.softcap_log2 != 0.0f) softcap_row(s, n, scale, t.softcap_log2), scale = 1.0f;
+  if (t.slope_log2) alibi_row(s, n, scale, t.slope_log2[r], t.position[r] - first), scale = 1.0f;
+  if (partial) fill_outside(s, n, t.lo[r] - first, t.hi[r] - first, -kInfinity);
+  return scale;
+}
+
+/// What a group of rows sees of the keys [block, block_end): computes [first, last) (multiples of kFront and kBack),
+/// and whether that holds keys that some row does not see. Rows may come from several heads: no order of lo and hi is
+/// assumed.
 struct Seen {
   int64_t first, last;
   bool partial;
 };
 
+template <int64_t kFront, int64_t kBack>
 FLASH_ATTN_INLINE Seen seen_by(const int64_t* lo, const int64_t* hi, int64_t rows, int64_t block, int64_t block_end) {
   int64_t any_lo = block_end, any_hi = block, all_lo = block, all_hi = block_end;
   for (int64_t r = 0; r < rows; ++r) {
@@ -41,8 +52,8 @@ FLASH_ATTN_INLINE Seen seen_by(const int64_t* lo, const int64_t* hi, int64_t row
     all_lo = lo[r] > all_lo ? lo[r] : all_lo;
     all_hi = hi[r] < all_hi ? hi[r] : all_hi;
   }
-  const int64_t first = (any_lo > block ? any_lo : block) / kPanel * kPanel;
-  const int64_t last = ((any_hi < block_end ? any_hi : block_end) + W - 1) / W * W;
+  const int64_t first = (any_lo > block ? any_lo : block) / kFront * kFront;
+  const int64_t last = ((any_hi < block_end ? any_hi : block_end) + kBack - 1) / kBack * kBack;
   return {first, last, all_lo > first || all_hi < last};
 }
 

@@ -7,9 +7,10 @@ const Kernels kernels = {
     .name = FLASH_ATTN_ISA_NAME,
     .width = W,
     .panel = kPanel,
-    .group = kGroup,
-    .block = kBlock,
-    .attend_scratch = kGroup * (kBlock + W) + kGroup,
+    .attend_f32 = &kAttendFp32,
+    .attend_bf16 = &kAttendFp32,
+    .attend_f16 = &kAttendFp32,
+    .attend_any = &kAttendFp32,
     .backward_group = kBackwardGroup,
     .backward_scratch = 2 * kBackwardGroup * (kBackwardBlock + W),
     .pack_panel = pack_panel,
@@ -17,7 +18,6 @@ const Kernels kernels = {
     .load_rows = load_rows,
     .store_rows = store_rows,
     .dot_rows = dot_rows,
-    .attend = attend,
     .backward = backward,
 };
 

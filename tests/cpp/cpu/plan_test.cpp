@@ -17,13 +17,15 @@ TEST(Plan, AttendRangesCoverEveryRowOnce) {
       Problem p;
       p.batch = 2, p.nheads_k = 3, p.nheads = 3 * group, p.headdim = p.headdim_v = 64;
       p.max_seqlen_q = seqlen_q, p.max_seqlen_k = 777;
-      const cpu::Plan plan = cpu::make_plan(p, k);
-      EXPECT_EQ(plan.rows % k.group, 0);
+      const cpu::AttendKernel& kernel = *k.attend_f32;
+      const cpu::Plan plan = cpu::make_plan(p, kernel, k.width);
+      EXPECT_EQ(plan.rows % kernel.group, 0);
       std::map<std::pair<int64_t, int64_t>, int> seen;
       for (int64_t hk = 0; hk < p.nheads_k; ++hk) {
         for (const cpu::AttendRange& r : cpu::attend_ranges(p, plan, hk, seqlen_q)) {
           EXPECT_LE(r.heads * r.rows, plan.rows);
-          EXPECT_TRUE(r.rows == seqlen_q || r.row % k.group == 0);  // groups of rows are the same for any task size
+          EXPECT_TRUE(r.rows == seqlen_q ||
+                      r.row % kernel.group == 0);  // groups of rows are the same for any task size
           for (int64_t h = r.head; h < r.head + r.heads; ++h)
             for (int64_t i = r.row; i < r.row + r.rows; ++i) {
               EXPECT_EQ(h / group, hk);
@@ -43,7 +45,7 @@ TEST(Plan, WorkspaceIsLinearInSeqlen) {
   p.batch = 1, p.nheads = p.nheads_k = 16, p.headdim = p.headdim_v = 128;
   const auto bytes = [&](int64_t seqlen) {
     p.max_seqlen_q = p.max_seqlen_k = seqlen;
-    const cpu::Plan f = cpu::make_plan(p, k);
+    const cpu::Plan f = cpu::make_plan(p, *k.attend_f32, k.width);
     const cpu::BackwardPlan b = cpu::make_backward_plan(p, k);
     return f.workspace_shared + f.workspace_per_worker + b.workspace_shared + b.workspace_per_worker;
   };
