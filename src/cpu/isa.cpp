@@ -2,12 +2,21 @@
 
 #include <cstdlib>
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include "flash_attn/flash_attn.hpp"
 
 namespace flash_attn {
 namespace cpu {
 
 #if defined(__x86_64__)
+namespace amx {
+extern const AttendKernel attend_bf16, attend_f16;
+}
 namespace avx512 {
 extern const Kernels kernels;
 }
@@ -27,15 +36,43 @@ extern const Kernels kernels;
 }
 #endif
 
+#if defined(__x86_64__)
+/// AMX: the processor has tiles of bf16, and the system lets this process use them (Linux asks to be asked).
+static bool amx_runs() {
+#if defined(__linux__)
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  const bool amx_bf16 = d >> 22 & 1, amx_tile = d >> 24 & 1;
+  if (!amx_bf16 || !amx_tile || !__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a >> 5 & 1)) return false;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
+/// AVX-512 with the forward of 16-bit numbers on tiles.
+static const Kernels* amx_kernels() {
+  static const Kernels kernels = [] {
+    Kernels k = avx512::kernels;
+    k.name = "amx";
+    k.attend_bf16 = &amx::attend_bf16, k.attend_f16 = &amx::attend_f16;
+    return k;
+  }();
+  return &kernels;
+}
+#endif
+
 std::vector<const Kernels*> usable_kernels() {
   std::vector<const Kernels*> all;
 #if defined(__x86_64__)
   __builtin_cpu_init();
   const bool avx2_runs =
       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  if (avx2_runs && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-    all.push_back(&avx512::kernels);
+  const bool avx512_runs = avx2_runs && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (avx512_runs && amx_runs()) all.push_back(amx_kernels());
+  if (avx512_runs) all.push_back(&avx512::kernels);
   if (avx2_runs) all.push_back(&avx2::kernels);
   all.push_back(&baseline::kernels);
 #elif defined(__aarch64__)

@@ -1,0 +1,181 @@
+// The forward on AMX tiles, for numbers of kParts bf16 parts. The same loop as attend.hpp; what differs:
+//
+//   q  [part][rows padded][headdim padded]                 operand A of the scores
+//   k  [part][keys / 16][headdim / 32] tiles               operand B: a row of a tile is two columns of 16 keys
+//   p  [2][group][block]                                   operand A of the output
+//   v  [part][headdim_v / 16][keys / 32] tiles             operand B: a row of a tile is two keys of 16 columns
+//
+// Cycles for 16 scores, at one tile product (16 x 16 x 32) in 16 cycles, for N products of parts in all: d N / 32, and
+// about 12 for the softmax and its parts. d = 64: bf16 6, fp16 14.
+
+namespace flash_attn::cpu::FLASH_ATTN_ISA {
+
+inline constexpr int64_t kTileGroup = 2 * kTile;
+inline constexpr int64_t kTileBlock = 256;
+inline constexpr int64_t kTileKeys = 32;  // keys are padded to pairs of tiles
+
+constexpr int64_t pad_to(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+template <int kParts>
+struct Tiles {
+  static int64_t q_bytes(int64_t rows, int64_t headdim) {
+    return kParts * 2 * pad_to(rows, kTileGroup) * pad_to(headdim, kDepth);
+  }
+  static int64_t k_bytes(int64_t keys, int64_t headdim) { return kParts * 2 * keys * pad_to(headdim, kDepth); }
+  static int64_t v_bytes(int64_t keys, int64_t headdim_v) { return kParts * 2 * keys * pad_to(headdim_v, kTile); }
+
+  /// Columns [c, c + 32) of a row; zeros beyond the row, and for rows beyond the list.
+  static bool load_row(const RowList& rows, int64_t r, int64_t c, float factor, vf& a, vf& b) {
+    const bool inside = r < rows.rows;
+    a = inside && c < rows.cols ? load_columns(rows, r, c) * factor : vf{};
+    b = inside && c + W < rows.cols ? load_columns(rows, r, c + W) * factor : vf{};
+    return splits<kParts>(a) && splits<kParts>(b);
+  }
+
+  static bool pack_q(const RowList& rows, float sign, char* to) {
+    const int64_t d = pad_to(rows.cols, kDepth), padded = pad_to(rows.rows, kTileGroup);
+    bool plain = true;
+    for (int64_t r = 0; r < padded; ++r)
+      for (int64_t c = 0; c < d; c += kDepth) {
+        vf a, b;
+        plain &= load_row(rows, r, c, sign, a, b);
+        store_parts<kParts>(reinterpret_cast<bf16*>(to) + r * d + c, padded * d, a, b);
+      }
+    return !plain;
+  }
+
+  /// 16 keys x 32 columns at a time: each key is 16 pairs, and a tile is the transpose of 16 x 16 pairs.
+  static bool pack_k(const RowList& rows, char* to, int64_t keys, int64_t first) {
+    const int64_t d = pad_to(rows.cols, kDepth);
+    bool plain = true;
+    for (int64_t r0 = 0; r0 < kTileKeys; r0 += kTile)
+      for (int64_t c = 0; c < d; c += kDepth) {
+        alignas(64) bf16 lines[kParts][kTileSize];
+        for (int64_t r = 0; r < kTile; ++r) {
+          vf a, b;
+          plain &= load_row(rows, r0 + r, c, 1.0f, a, b);
+          store_parts<kParts>(lines[0] + r * kDepth, kTileSize, a, b);
+        }
+        for (int part = 0; part < kParts; ++part) {
+          vf x[W];
+          for (int i = 0; i < W; ++i) x[i] = load(reinterpret_cast<const float*>(lines[part] + i * kDepth));
+          transpose(x);
+          bf16* const tile = reinterpret_cast<bf16*>(to) + part * keys * d + (first + r0) * d + c * kTile;
+          for (int i = 0; i < W; ++i) store(reinterpret_cast<float*>(tile + i * kDepth), x[i]);
+        }
+      }
+    return !plain;
+  }
+
+  /// Two keys interleaved, 16 columns at a time. A value that is inf or NaN is special for any number of parts: p may
+  /// be 0 for it.
+  static bool pack_v(const RowList& rows, char* to, int64_t keys, int64_t first) {
+    const int64_t d = pad_to(rows.cols, kTile);
+    const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22,
+                                                6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    bool plain = true;
+    vf zeros{};
+    for (int64_t r = 0; r < kTileKeys; r += 2)
+      for (int64_t c = 0; c < d; c += kTile) {
+        const vf a = r < rows.rows ? load_columns(rows, r, c) : vf{};
+        const vf b = r + 1 < rows.rows ? load_columns(rows, r + 1, c) : vf{};
+        plain &= splits<kParts>(a) && splits<kParts>(b);
+        zeros += a * 0.0f + b * 0.0f;
+        alignas(64) bf16 parts[kParts][kDepth];
+        store_parts<kParts>(parts[0], kDepth, a, b);
+        for (int part = 0; part < kParts; ++part) {
+          bf16* const line = reinterpret_cast<bf16*>(to) + part * keys * d + c * keys + first * kTile + r * kTile;
+          _mm512_store_si512(line, _mm512_permutexvar_epi16(interleave, _mm512_load_si512(parts[part])));
+        }
+      }
+    return !plain || has_special(zeros);
+  }
+
+  struct StoreParts {
+    bf16* p;
+    void operator()(int64_t j, vf a, vf b) const { store_parts<2>(p + j, kTileGroup * kTileBlock, a, b); }
+  };
+
+  template <int kRows>
+  static void scores(const AttendTask& t, int64_t r0, int64_t first, int64_t n, float* s, int64_t lds) {
+    const int64_t d = pad_to(t.headdim, kDepth);
+    TileGemm g{.a = reinterpret_cast<const bf16*>(t.q) + r0 * d,
+               .lda = d,
+               .a_part = pad_to(t.rows, kTileGroup) * d,
+               .b = reinterpret_cast<const bf16*>(t.k) + first * d,
+               .b_column = kTile * d,
+               .b_part = t.keys * d,
+               .c = s,
+               .ldc = lds,
+               .steps = d / kDepth};
+    for (int64_t j = 0; j < n; j += kTileKeys, g.b += kTileKeys * d, g.c += kTileKeys)
+      multiply_tiles<kScorePairs[kParts - 1], kRows, 2, false>(g);
+  }
+
+  template <int kRows>
+  static void output(const AttendTask& t, int64_t r0, int64_t first, int64_t n, const bf16* p) {
+    const int64_t d = pad_to(t.headdim_v, kTile);
+    TileGemm g{.a = p,
+               .lda = kTileBlock,
+               .a_part = kTileGroup * kTileBlock,
+               .b = reinterpret_cast<const bf16*>(t.v) + first * kTile,
+               .b_column = kTile * t.keys,
+               .b_part = t.keys * d,
+               .c = t.o + r0 * d,
+               .ldc = d,
+               .steps = n / kDepth};
+    int64_t c = 0;
+    for (; c + kTile < d; c += 2 * kTile, g.b += 2 * kTile * t.keys, g.c += 2 * kTile)
+      multiply_tiles<kOutputPairs[kParts - 1], kRows, 2, true>(g);
+    if (c < d) multiply_tiles<kOutputPairs[kParts - 1], kRows, 1, true>(g);
+  }
+
+  static void attend(const AttendTask& t) {
+    constexpr int64_t lds = kTileBlock + W;
+    float* const s = reinterpret_cast<float*>(t.scratch);
+    bf16* const p = reinterpret_cast<bf16*>(s + kTileGroup * lds);
+    const int64_t ldo = pad_to(t.headdim_v, kTile);
+    configure_tiles();
+    for (int64_t block = 0; block < t.keys; block += kTileBlock) {
+      const int64_t block_end = block + kTileBlock < t.keys ? block + kTileBlock : t.keys;
+      for (int64_t r0 = 0; r0 < t.rows; r0 += kTileGroup) {
+        const int64_t rows = t.rows - r0 < kTileGroup ? t.rows - r0 : kTileGroup;
+        const auto [first, last, partial] = seen_by<kTileKeys, kTileKeys>(t.lo + r0, t.hi + r0, rows, block, block_end);
+        if (last <= first) continue;
+        const int64_t n = last - first;
+        rows > kTile ? scores<2>(t, r0, first, n, s, lds) : scores<1>(t, r0, first, n, s, lds);
+        for (int64_t r = 0; r < rows; ++r) {
+          float* const row = s + r * lds;
+          const float scale = score_row(t, r0 + r, row, first, n, partial);
+          const float rescale =
+              softmax_row(row, n, scale, t.m[r0 + r], t.l + (r0 + r) * W, StoreParts{p + r * kTileBlock});
+          if (rescale == 1.0f) continue;
+          for (int64_t c = 0; c < ldo; c += W) {
+            float* const o = t.o + (r0 + r) * ldo + c;
+            store(o, load(o) * rescale);
+          }
+        }
+        rows > kTile ? output<2>(t, r0, first, n, p) : output<1>(t, r0, first, n, p);
+      }
+    }
+    _tile_release();
+  }
+
+  static constexpr AttendKernel kernel(const char* name) {
+    return {.name = name,
+            .panel = kTileKeys,
+            .group = kTileGroup,
+            .block = kTileBlock,
+            .scratch = kTileGroup * ((kTileBlock + W) * 4 + 2 * kTileBlock * 2),
+            .q_bytes = q_bytes,
+            .k_bytes = k_bytes,
+            .v_bytes = v_bytes,
+            .pack_q = pack_q,
+            .pack_k = pack_k,
+            .pack_v = pack_v,
+            .attend = attend,
+            .plain_only = true};
+  }
+};
+
+}  // namespace flash_attn::cpu::FLASH_ATTN_ISA

@@ -1,0 +1,111 @@
+// AMX tiles: 16 x 16 fp32 += (16 x 32 bf16) . (32 x 16 bf16), and numbers as sums of bf16 parts.
+//
+// bf16 keeps 8 bits, so x = x0 + x1 + ... with each part the leading 8 bits of what is left: fp16 (11 bits) has two
+// parts, bf16 one; p always has two, more than 16 bits would hold. A product of sums is a sum of products,
+// all exact in fp32; the smallest one is left out where p is rounded anyway. bf16: 1 product for the scores, 2 with p;
+// fp16: 4 and 3.
+//
+// Operand A is row-major. Operand B holds tiles of 16 rows, row r the pairs (2r, 2r + 1) of 16 columns.
+
+namespace flash_attn::cpu::FLASH_ATTN_ISA {
+
+inline constexpr int64_t kTile = 16;       // rows of a tile
+inline constexpr int64_t kDepth = 32;      // bf16 in a row of a tile
+inline constexpr int64_t kTileSize = 512;  // bf16 in a tile
+
+using bf16 = uint16_t;
+using v32h = uint16_t __attribute__((vector_size(64)));
+
+/// Accumulators 0 - 3 (two rows of two), A in 4 and 5, B in 6 and 7; all of 16 rows of 64 bytes.
+FLASH_ATTN_INLINE void configure_tiles() {
+  struct alignas(64) {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+  } config;
+  _tile_loadconfig(&config);
+}
+
+/// Two vectors as 32 bf16, rounded to nearest even.
+FLASH_ATTN_INLINE v32h to_bf16_pair(vf a, vf b) { return reinterpret_cast<v32h>(_mm512_cvtne2ps_pbh(b, a)); }
+/// The nearest bf16 (ties away from zero), for finite x below 2^127. x - leading(x) is exact.
+FLASH_ATTN_INLINE vf leading(vf x) { return as_float((as_int(x) + 0x8000) & static_cast<int32_t>(0xffff0000)); }
+
+/// The parts of two vectors: part i to to + i * distance. Part sums are exact but for the last rounding.
+template <int kParts>
+FLASH_ATTN_INLINE void store_parts(bf16* to, int64_t distance, vf a, vf b) {
+#pragma GCC unroll 2
+  for (int i = 0; i < kParts; ++i) {
+    const v32h part = to_bf16_pair(i + 1 < kParts ? leading(a) : a, i + 1 < kParts ? leading(b) : b);
+    std::memcpy(to + i * distance, &part, sizeof part);
+    a -= leading(a), b -= leading(b);
+  }
+}
+
+/// Whether all of x can be split: finite, and zero or far from bf16's denormals, which tiles take for zero.
+template <int kParts>
+FLASH_ATTN_INLINE bool splits(vf x) {
+  if constexpr (kParts == 1) return true;
+  const __mmask16 large = _mm512_cmp_ps_mask(abs(x), _mm512_set1_ps(0x1p127f), _CMP_NLT_UQ);
+  const __mmask16 small = _mm512_cmp_ps_mask(abs(x), _mm512_set1_ps(0x1p-100f), _CMP_LT_OQ);
+  const __mmask16 zero = _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_EQ_OQ);
+  return (large | (small & ~zero)) == 0;
+}
+
+/// Which parts meet, the smallest products first.
+struct Pair {
+  int a, b;
+};
+struct Pairs {
+  int count;
+  Pair at[4];
+};
+inline constexpr Pairs kScorePairs[2] = {{1, {{0, 0}}}, {4, {{1, 1}, {1, 0}, {0, 1}, {0, 0}}}};
+inline constexpr Pairs kOutputPairs[2] = {{2, {{1, 0}, {0, 0}}}, {3, {{1, 0}, {0, 1}, {0, 0}}}};
+
+/// C (16 kRows, 32) (+)= A (16 kRows, 32 steps) . B (32 steps, 32). The two columns of B tiles are b_column apart.
+struct TileGemm {
+  const bf16* a;
+  int64_t lda, a_part;  // elements
+  const bf16* b;
+  int64_t b_column, b_part;
+  float* c;
+  int64_t ldc;
+  int64_t steps;
+};
+
+template <const Pairs& kPairs, int kRows, int kColumns, bool kAdd>
+FLASH_ATTN_INLINE void multiply_tiles(const TileGemm& g) {
+  float* const c1 = g.c + kTile * g.ldc;
+  if constexpr (kAdd) {
+    _tile_loadd(0, g.c, g.ldc * 4);
+    if constexpr (kColumns == 2) _tile_loadd(1, g.c + kTile, g.ldc * 4);
+    if constexpr (kRows == 2) _tile_loadd(2, c1, g.ldc * 4);
+    if constexpr (kRows == 2 && kColumns == 2) _tile_loadd(3, c1 + kTile, g.ldc * 4);
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < kPairs.count; ++i) {
+    const bf16 *a = g.a + kPairs.at[i].a * g.a_part, *b = g.b + kPairs.at[i].b * g.b_part;
+    for (int64_t s = 0; s < g.steps; ++s, a += kDepth, b += kTileSize) {
+      _tile_loadd(6, b, 64);
+      _tile_loadd(4, a, g.lda * 2);
+      _tile_dpbf16ps(0, 4, 6);
+      if constexpr (kColumns == 2) _tile_loadd(7, b + g.b_column, 64);
+      if constexpr (kColumns == 2) _tile_dpbf16ps(1, 4, 7);
+      if constexpr (kRows == 2) _tile_loadd(5, a + kTile * g.lda, g.lda * 2);
+      if constexpr (kRows == 2) _tile_dpbf16ps(2, 5, 6);
+      if constexpr (kRows == 2 && kColumns == 2) _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+  _tile_stored(0, g.c, g.ldc * 4);
+  if constexpr (kColumns == 2) _tile_stored(1, g.c + kTile, g.ldc * 4);
+  if constexpr (kRows == 2) _tile_stored(2, c1, g.ldc * 4);
+  if constexpr (kRows == 2 && kColumns == 2) _tile_stored(3, c1 + kTile, g.ldc * 4);
+}
+
+}  // namespace flash_attn::cpu::FLASH_ATTN_ISA
