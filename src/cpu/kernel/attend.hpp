@@ -37,11 +37,13 @@ inline void attend(const AttendTask& t) {
       const int64_t n = last - first;
 
       multiply_panels({q + r0 * t.headdim, t.headdim, 1, nullptr, 0, s, lds, t.headdim}, rows, k_panels, first, last);
+      float scale = 1.0f;
       for (int64_t r = 0; r < rows; ++r) {
-        float* row = s + r * lds;
-        const float scale = score_row(t, r0 + r, row, first, n, partial);
-        row_scale[r] = softmax_row(row, n, scale, t.m[r0 + r], t.l + (r0 + r) * W, InPlace{row});
+        scale = score_row(t, r0 + r, s + r * lds, first, n, partial);
+        row_scale[r] = raise_max(s + r * lds, n, scale, t.m[r0 + r]);
       }
+      for (int64_t r = 0; r < rows; ++r)
+        exponentials(s + r * lds, n, scale, t.m[r0 + r], row_scale[r], t.l + (r0 + r) * W, InPlace{s + r * lds});
 
       const Gemm g{s, lds, 1, nullptr, 0, t.o + r0 * ldo, ldo, n};
       if (!(partial && any_special(t.v_special, first, last))) {

@@ -144,15 +144,18 @@ struct Tiles {
         if (last <= first) continue;
         const int64_t n = last - first;
         rows > kTile ? scores<2>(t, r0, first, n, s, lds) : scores<1>(t, r0, first, n, s, lds);
+        float scale = 1.0f, rescale[kTileGroup];
         for (int64_t r = 0; r < rows; ++r) {
-          float* const row = s + r * lds;
-          const float scale = score_row(t, r0 + r, row, first, n, partial);
-          const float rescale =
-              softmax_row(row, n, scale, t.m[r0 + r], t.l + (r0 + r) * W, StoreParts{p + r * kTileBlock});
-          if (rescale == 1.0f) continue;
+          scale = score_row(t, r0 + r, s + r * lds, first, n, partial);
+          rescale[r] = raise_max(s + r * lds, n, scale, t.m[r0 + r]);
+        }
+        for (int64_t r = 0; r < rows; ++r) {
+          exponentials(s + r * lds, n, scale, t.m[r0 + r], rescale[r], t.l + (r0 + r) * W,
+                       StoreParts{p + r * kTileBlock});
+          if (rescale[r] == 1.0f) continue;
           for (int64_t c = 0; c < ldo; c += W) {
             float* const o = t.o + (r0 + r) * ldo + c;
-            store(o, load(o) * rescale);
+            store(o, load(o) * rescale[r]);
           }
         }
         rows > kTile ? output<2>(t, r0, first, n, p) : output<1>(t, r0, first, n, p);
