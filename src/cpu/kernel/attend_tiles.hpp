@@ -91,76 +91,142 @@ struct Tiles {
     return !plain || has_special(zeros);
   }
 
-  struct StoreParts {
-    bf16* p;
-    void operator()(int64_t j, vf a, vf b) const { store_parts<2>(p + j, kTileGroup * kTileBlock, a, b); }
+  /// A score tile: rows [r0, r0 + rows) against keys [first, first + n).
+  struct Item {
+    int64_t block, r0, rows, first, n;
+    bool partial;
   };
+  /// What an item leaves from one stage to the next; two take turns.
+  struct Buffer {
+    float* s;  // (group, lds)
+    bf16* p;   // (2, group, block)
+    float rescale[kTileGroup];
+  };
+  static constexpr int64_t lds = kTileBlock + W;  // off the power of two: rows must not share L1 sets
 
-  template <int kRows>
-  static void scores(const AttendTask& t, int64_t r0, int64_t first, int64_t n, float* s, int64_t lds) {
-    const int64_t d = pad_to(t.headdim, kDepth);
-    TileGemm g{.a = reinterpret_cast<const bf16*>(t.q) + r0 * d,
-               .lda = d,
-               .a_part = pad_to(t.rows, kTileGroup) * d,
-               .b = reinterpret_cast<const bf16*>(t.k) + first * d,
-               .b_column = kTile * d,
-               .b_part = t.keys * d,
-               .c = s,
-               .ldc = lds,
-               .steps = d / kDepth};
-    for (int64_t j = 0; j < n; j += kTileKeys, g.b += kTileKeys * d, g.c += kTileKeys)
-      multiply_tiles<kScorePairs[kParts - 1], kRows, 2, false>(g);
-  }
-
-  template <int kRows>
-  static void output(const AttendTask& t, int64_t r0, int64_t first, int64_t n, const bf16* p) {
-    const int64_t d = pad_to(t.headdim_v, kTile);
-    TileGemm g{.a = p,
-               .lda = kTileBlock,
-               .a_part = kTileGroup * kTileBlock,
-               .b = reinterpret_cast<const bf16*>(t.v) + first * kTile,
-               .b_column = kTile * t.keys,
-               .b_part = t.keys * d,
-               .c = t.o + r0 * d,
-               .ldc = d,
-               .steps = n / kDepth};
-    int64_t c = 0;
-    for (; c + kTile < d; c += 2 * kTile, g.b += 2 * kTile * t.keys, g.c += 2 * kTile)
-      multiply_tiles<kOutputPairs[kParts - 1], kRows, 2, true>(g);
-    if (c < d) multiply_tiles<kOutputPairs[kParts - 1], kRows, 1, true>(g);
-  }
-
-  static void attend(const AttendTask& t) {
-    constexpr int64_t lds = kTileBlock + W;
-    float* const s = reinterpret_cast<float*>(t.scratch);
-    bf16* const p = reinterpret_cast<bf16*>(s + kTileGroup * lds);
-    const int64_t ldo = pad_to(t.headdim_v, kTile);
-    configure_tiles();
-    for (int64_t block = 0; block < t.keys; block += kTileBlock) {
+  /// The next score tile that holds a visible key, from block `block` and row r0 on; rows 0: there is none.
+  static Item next_item(const AttendTask& t, int64_t block, int64_t r0) {
+    for (; block < t.keys; block += kTileBlock, r0 = 0) {
       const int64_t block_end = block + kTileBlock < t.keys ? block + kTileBlock : t.keys;
-      for (int64_t r0 = 0; r0 < t.rows; r0 += kTileGroup) {
+      for (; r0 < t.rows; r0 += kTileGroup) {
         const int64_t rows = t.rows - r0 < kTileGroup ? t.rows - r0 : kTileGroup;
         const auto [first, last, partial] = seen_by<kTileKeys, kTileKeys>(t.lo + r0, t.hi + r0, rows, block, block_end);
-        if (last <= first) continue;
-        const int64_t n = last - first;
-        rows > kTile ? scores<2>(t, r0, first, n, s, lds) : scores<1>(t, r0, first, n, s, lds);
-        float scale = 1.0f, rescale[kTileGroup];
-        for (int64_t r = 0; r < rows; ++r) {
-          scale = score_row(t, r0 + r, s + r * lds, first, n, partial);
-          rescale[r] = raise_max(s + r * lds, n, scale, t.m[r0 + r]);
-        }
-        for (int64_t r = 0; r < rows; ++r) {
-          exponentials(s + r * lds, n, scale, t.m[r0 + r], rescale[r], t.l + (r0 + r) * W,
-                       StoreParts{p + r * kTileBlock});
-          if (rescale[r] == 1.0f) continue;
-          for (int64_t c = 0; c < ldo; c += W) {
-            float* const o = t.o + (r0 + r) * ldo + c;
-            store(o, load(o) * rescale[r]);
-          }
-        }
-        rows > kTile ? output<2>(t, r0, first, n, p) : output<1>(t, r0, first, n, p);
+        if (last > first) return {block, r0, rows, first, last - first, partial};
       }
     }
+    return {};
+  }
+
+  static TileSweep scores(const AttendTask& t, const Item& x, const Buffer& to) {
+    const int64_t d = pad_to(t.headdim, kDepth);
+    return {.a = reinterpret_cast<const bf16*>(t.q) + x.r0 * d,
+            .lda = d,
+            .a_part = pad_to(t.rows, kTileGroup) * d,
+            .b = reinterpret_cast<const bf16*>(t.k) + x.first * d,
+            .b_column = kTile * d,
+            .b_part = t.keys * d,
+            .c = to.s,
+            .ldc = lds,
+            .steps = d / kDepth,
+            .columns = x.n / kTile,
+            .pairs = &kScorePairs[kParts - 1],
+            .two_rows = x.rows > kTile,
+            .add = false};
+  }
+
+  /// Scales what was summed before, then adds p . v.
+  static TileSweep output(const AttendTask& t, const Item& x, const Buffer& from) {
+    const int64_t d = pad_to(t.headdim_v, kTile);
+    float* const o = t.o + x.r0 * d;
+    for (int64_t r = 0; r < x.rows; ++r) {
+      if (from.rescale[r] == 1.0f) continue;
+      for (int64_t c = 0; c < d; c += W) store(o + r * d + c, load(o + r * d + c) * from.rescale[r]);
+    }
+    return {.a = from.p,
+            .lda = kTileBlock,
+            .a_part = kTileGroup * kTileBlock,
+            .b = reinterpret_cast<const bf16*>(t.v) + x.first * kTile,
+            .b_column = kTile * t.keys,
+            .b_part = t.keys * d,
+            .c = o,
+            .ldc = d,
+            .steps = x.n / kDepth,
+            .columns = d / kTile,
+            .pairs = &kOutputPairs[kParts - 1],
+            .two_rows = x.rows > kTile,
+            .add = true};
+  }
+
+  /// p of the item before and q of the item after, a unit now and then, evenly over `calls` calls.
+  struct Background {
+    TileStream stream;
+    TileSweep after{};
+    bool has_after = false;
+    int64_t units = 0, calls = 1, credit = 0;
+
+    FLASH_ATTN_INLINE void turn() {
+      for (credit += units; credit >= calls; credit -= calls) work();
+    }
+    FLASH_ATTN_INLINE void work() {
+      if (!stream.busy()) {
+        if (!has_after) return;
+        stream.start(after);
+        has_after = false;
+      }
+      stream.unit();
+    }
+    void finish() {
+      while (stream.busy() || has_after) work();
+    }
+  };
+
+  struct StoreParts {
+    bf16* p;
+    Background& background;
+    FLASH_ATTN_INLINE void operator()(int64_t j, vf a, vf b) const {
+      store_parts<2>(p + j, kTileGroup * kTileBlock, a, b);
+      background.turn();
+    }
+  };
+
+  /// Three stages in a pipeline: while the vector units take the exponentials of one item, the tile unit multiplies p
+  /// of the item before and q of the item after. Items are finished in order, so sums have one order.
+  static void attend(const AttendTask& t) {
+    float* const memory = reinterpret_cast<float*>(t.scratch);
+    bf16* const p = reinterpret_cast<bf16*>(memory + 2 * kTileGroup * lds);
+    Buffer buffers[2] = {{memory, p, {}}, {memory + kTileGroup * lds, p + 2 * kTileGroup * kTileBlock, {}}};
+    _tile_loadconfig(&kTileConfig);
+    Background background;
+    Item before{}, now = next_item(t, 0, 0);
+    if (now.rows > 0) background.stream.start(scores(t, now, buffers[0]));
+    background.finish();
+    for (int turn = 0; now.rows > 0; turn ^= 1) {
+      Buffer &mine = buffers[turn], &other = buffers[turn ^ 1];
+      const Item after = next_item(t, now.block, now.r0 + kTileGroup);
+      float scale = 1.0f;
+      for (int64_t r = 0; r < now.rows; ++r) {
+        scale = score_row(t, now.r0 + r, mine.s + r * lds, now.first, now.n, now.partial);
+        mine.rescale[r] = raise_max(mine.s + r * lds, now.n, scale, t.m[now.r0 + r]);
+      }
+      background.units = 0, background.credit = 0, background.calls = now.rows * now.n / (2 * W);
+      if (before.rows > 0) {
+        const TileSweep sweep = output(t, before, other);
+        background.units += sweep.units();
+        background.stream.start(sweep);
+      }
+      background.has_after = after.rows > 0;
+      if (background.has_after) {
+        background.after = scores(t, after, other);
+        background.units += background.after.units();
+      }
+      for (int64_t r = 0; r < now.rows; ++r)
+        exponentials(mine.s + r * lds, now.n, scale, t.m[now.r0 + r], mine.rescale[r], t.l + (now.r0 + r) * W,
+                     StoreParts{mine.p + r * kTileBlock, background});
+      background.finish();
+      before = now, now = after;
+      if (now.rows == 0) background.stream.start(output(t, before, mine));
+    }
+    background.finish();
     _tile_release();
   }
 
@@ -169,7 +235,7 @@ struct Tiles {
             .panel = kTileKeys,
             .group = kTileGroup,
             .block = kTileBlock,
-            .scratch = kTileGroup * ((kTileBlock + W) * 4 + 2 * kTileBlock * 2),
+            .scratch = 2 * kTileGroup * (lds * 4 + 2 * kTileBlock * 2),
             .q_bytes = q_bytes,
             .k_bytes = k_bytes,
             .v_bytes = v_bytes,

@@ -16,15 +16,15 @@ inline constexpr int64_t kTileSize = 512;  // bf16 in a tile
 using bf16 = uint16_t;
 using v32h = uint16_t __attribute__((vector_size(64)));
 
-/// Accumulators 0 - 3 (two rows of two), A in 4 and 5, B in 6 and 7; all of 16 rows of 64 bytes.
-FLASH_ATTN_INLINE void configure_tiles() {
-  struct alignas(64) {
-    uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-  } config;
-  _tile_loadconfig(&config);
-}
+struct alignas(64) TileConfig {
+  uint8_t palette, start_row, reserved[14];
+  uint16_t bytes[16];
+  uint8_t rows[16];
+};
+/// Accumulators 0 - 3 (two rows of two), A in 4 and 5, B in 6 and 7; all of 16 rows of 64 bytes. A constant, because
+/// compilers take the instruction for a read of 8 bytes and may leave out the stores of the rest.
+inline constexpr TileConfig kTileConfig = {
+    1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
 
 /// Two vectors as 32 bf16, rounded to nearest even.
 FLASH_ATTN_INLINE v32h to_bf16_pair(vf a, vf b) { return reinterpret_cast<v32h>(_mm512_cvtne2ps_pbh(b, a)); }
@@ -63,49 +63,101 @@ struct Pairs {
 inline constexpr Pairs kScorePairs[2] = {{1, {{0, 0}}}, {4, {{1, 1}, {1, 0}, {0, 1}, {0, 0}}}};
 inline constexpr Pairs kOutputPairs[2] = {{2, {{1, 0}, {0, 0}}}, {3, {{1, 0}, {0, 1}, {0, 0}}}};
 
-/// C (16 kRows, 32) (+)= A (16 kRows, 32 steps) . B (32 steps, 32). The two columns of B tiles are b_column apart.
-struct TileGemm {
+/// C (16 rows_of_tiles, 16 columns) (+)= A (.., 32 steps) . B (32 steps, ..), two columns of tiles after two.
+struct TileSweep {
   const bf16* a;
   int64_t lda, a_part;  // elements
-  const bf16* b;
+  const bf16* b;        // column j of tiles at b + j * b_column, its steps one after the other
   int64_t b_column, b_part;
   float* c;
   int64_t ldc;
-  int64_t steps;
+  int64_t steps, columns;  // columns of tiles
+  const Pairs* pairs;
+  bool two_rows, add;
+
+  /// Units of work: products of up to four tiles.
+  int64_t units() const { return (columns + 1) / 2 * pairs->count * steps; }
 };
 
-template <const Pairs& kPairs, int kRows, int kColumns, bool kAdd>
-FLASH_ATTN_INLINE void multiply_tiles(const TileGemm& g) {
-  float* const c1 = g.c + kTile * g.ldc;
-  if constexpr (kAdd) {
-    _tile_loadd(0, g.c, g.ldc * 4);
-    if constexpr (kColumns == 2) _tile_loadd(1, g.c + kTile, g.ldc * 4);
-    if constexpr (kRows == 2) _tile_loadd(2, c1, g.ldc * 4);
-    if constexpr (kRows == 2 && kColumns == 2) _tile_loadd(3, c1 + kTile, g.ldc * 4);
-  } else {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
+/// Sweeps that run a unit at a time between other instructions. The vector units and the tile unit work in parallel as
+/// far as the processor looks ahead (about 500 operations), so products must stand close to the exponentials that hide
+/// them. Accumulators stay in tiles 0 - 3 from unit to unit.
+class TileStream {
+ public:
+  void start(const TileSweep& sweep) {
+    asm volatile(
+        "" ::
+            : "memory");  // what was stored before is there for tile loads, which the compiler knows nothing of
+    sweep_ = sweep;
+    column_ = 0;
+    left_ = sweep.units();
+    begin_column();
   }
-#pragma GCC unroll 4
-  for (int i = 0; i < kPairs.count; ++i) {
-    const bf16 *a = g.a + kPairs.at[i].a * g.a_part, *b = g.b + kPairs.at[i].b * g.b_part;
-    for (int64_t s = 0; s < g.steps; ++s, a += kDepth, b += kTileSize) {
-      _tile_loadd(6, b, 64);
-      _tile_loadd(4, a, g.lda * 2);
-      _tile_dpbf16ps(0, 4, 6);
-      if constexpr (kColumns == 2) _tile_loadd(7, b + g.b_column, 64);
-      if constexpr (kColumns == 2) _tile_dpbf16ps(1, 4, 7);
-      if constexpr (kRows == 2) _tile_loadd(5, a + kTile * g.lda, g.lda * 2);
-      if constexpr (kRows == 2) _tile_dpbf16ps(2, 5, 6);
-      if constexpr (kRows == 2 && kColumns == 2) _tile_dpbf16ps(3, 5, 7);
+  bool busy() const { return left_ > 0; }
+
+  FLASH_ATTN_INLINE void unit() {
+    const TileSweep& w = sweep_;
+    _tile_loadd(6, b_, 64);
+    _tile_loadd(4, a_, w.lda * 2);
+    _tile_dpbf16ps(0, 4, 6);
+    if (two_columns_) {
+      _tile_loadd(7, b_ + w.b_column, 64);
+      _tile_dpbf16ps(1, 4, 7);
+    }
+    if (w.two_rows) {
+      _tile_loadd(5, a_ + kTile * w.lda, w.lda * 2);
+      _tile_dpbf16ps(2, 5, 6);
+      if (two_columns_) _tile_dpbf16ps(3, 5, 7);
+    }
+    a_ += kDepth, b_ += kTileSize, --left_;
+    if (--steps_ == 0) next();
+  }
+
+ private:
+  void begin_pair() {
+    const TileSweep& w = sweep_;
+    a_ = w.a + w.pairs->at[pair_].a * w.a_part;
+    b_ = w.b + column_ * w.b_column + w.pairs->at[pair_].b * w.b_part;
+    steps_ = w.steps;
+  }
+  void begin_column() {
+    const TileSweep& w = sweep_;
+    two_columns_ = w.columns - column_ > 1;
+    pair_ = 0;
+    begin_pair();
+    float *const c0 = w.c + column_ * kTile, *const c1 = c0 + kTile * w.ldc;
+    if (w.add) {
+      _tile_loadd(0, c0, w.ldc * 4);
+      if (two_columns_) _tile_loadd(1, c0 + kTile, w.ldc * 4);
+      if (w.two_rows) _tile_loadd(2, c1, w.ldc * 4);
+      if (w.two_rows && two_columns_) _tile_loadd(3, c1 + kTile, w.ldc * 4);
+    } else {
+      _tile_zero(0);
+      _tile_zero(1);
+      _tile_zero(2);
+      _tile_zero(3);
     }
   }
-  _tile_stored(0, g.c, g.ldc * 4);
-  if constexpr (kColumns == 2) _tile_stored(1, g.c + kTile, g.ldc * 4);
-  if constexpr (kRows == 2) _tile_stored(2, c1, g.ldc * 4);
-  if constexpr (kRows == 2 && kColumns == 2) _tile_stored(3, c1 + kTile, g.ldc * 4);
-}
+  void end_column() {
+    const TileSweep& w = sweep_;
+    float *const c0 = w.c + column_ * kTile, *const c1 = c0 + kTile * w.ldc;
+    _tile_stored(0, c0, w.ldc * 4);
+    if (two_columns_) _tile_stored(1, c0 + kTile, w.ldc * 4);
+    if (w.two_rows) _tile_stored(2, c1, w.ldc * 4);
+    if (w.two_rows && two_columns_) _tile_stored(3, c1 + kTile, w.ldc * 4);
+  }
+  void next() {
+    if (++pair_ < sweep_.pairs->count) return begin_pair();
+    end_column();
+    column_ += 2;
+    if (left_ > 0) begin_column();
+  }
+
+  TileSweep sweep_{};
+  const bf16 *a_ = nullptr, *b_ = nullptr;
+  int64_t left_ = 0, steps_ = 0, column_ = 0;
+  int pair_ = 0;
+  bool two_columns_ = false;
+};
 
 }  // namespace flash_attn::cpu::FLASH_ATTN_ISA
