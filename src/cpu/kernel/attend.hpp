@@ -27,7 +27,7 @@ inline void attend(const AttendTask& t) {
   const auto *q = reinterpret_cast<const float*>(t.q), *k_panels = reinterpret_cast<const float*>(t.k),
              *v_strips = reinterpret_cast<const float*>(t.v);
   float* const s = reinterpret_cast<float*>(t.scratch);
-  float* const row_scale = s + kGroup * lds;
+  float *const row_scale = s + kGroup * lds, *const base = row_scale + kGroup;
   for (int64_t block = 0; block < t.keys; block += kBlock) {
     const int64_t block_end = block + kBlock < t.keys ? block + kBlock : t.keys;
     for (int64_t r0 = 0; r0 < t.rows; r0 += kGroup) {
@@ -38,12 +38,10 @@ inline void attend(const AttendTask& t) {
 
       multiply_panels({q + r0 * t.headdim, t.headdim, 1, nullptr, 0, s, lds, t.headdim}, rows, k_panels, first, last);
       float scale = 1.0f;
-      for (int64_t r = 0; r < rows; ++r) {
-        scale = score_row(t, r0 + r, s + r * lds, first, n, partial);
-        row_scale[r] = raise_max(s + r * lds, n, scale, t.m[r0 + r]);
-      }
+      for (int64_t r = 0; r < rows; ++r) scale = score_row(t, r0 + r, s + r * lds, first, n, partial);
+      raise_maxima(s, lds, rows, n, scale, t.m + r0, base, row_scale);
       for (int64_t r = 0; r < rows; ++r)
-        exponentials(s + r * lds, n, scale, t.m[r0 + r], row_scale[r], t.l + (r0 + r) * W, InPlace{s + r * lds});
+        exponentials(s + r * lds, n, scale, base[r], row_scale[r], t.l + (r0 + r) * W, InPlace{s + r * lds});
 
       const Gemm g{s, lds, 1, nullptr, 0, t.o + r0 * ldo, ldo, n};
       if (!(partial && any_special(t.v_special, first, last))) {
@@ -78,7 +76,7 @@ inline constexpr AttendKernel kAttendFp32 = {
     .panel = kPanel,
     .group = kGroup,
     .block = kBlock,
-    .scratch = (kGroup * (kBlock + W) + kGroup + 15) / 16 * 64,
+    .scratch = (kGroup * (kBlock + W) + 2 * kGroup + 15) / 16 * 64,
     .q_bytes = attend_q_bytes,
     .k_bytes = attend_k_bytes,
     .v_bytes = attend_v_bytes,

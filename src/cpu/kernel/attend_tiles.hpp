@@ -2,7 +2,7 @@
 //
 //   q  [part][rows padded][headdim padded]                 operand A of the scores
 //   k  [part][keys / 16][headdim / 32] tiles               operand B: a row of a tile is two columns of 16 keys
-//   p  [2][group][block]                                   operand A of the output
+//   p  [group][block / 32][2 parts][32]                   operand A of the output; takes the place of the scores
 //   v  [part][headdim_v / 16][keys / 32] tiles             operand B: a row of a tile is two keys of 16 columns
 //
 // Cycles for 16 scores, at one tile product (16 x 16 x 32) in 16 cycles, for N products of parts in all: d N / 32, and
@@ -98,9 +98,8 @@ struct Tiles {
   };
   /// What an item leaves from one stage to the next; two take turns.
   struct Buffer {
-    float* s;  // (group, lds)
-    bf16* p;   // (2, group, block)
-    float rescale[kTileGroup];
+    float* s;  // (group, lds): scores, then p
+    float base[kTileGroup], rescale[kTileGroup];
   };
   static constexpr int64_t lds = kTileBlock + W;  // off the power of two: rows must not share L1 sets
 
@@ -121,6 +120,7 @@ struct Tiles {
     const int64_t d = pad_to(t.headdim, kDepth);
     return {.a = reinterpret_cast<const bf16*>(t.q) + x.r0 * d,
             .lda = d,
+            .a_step = kDepth,
             .a_part = pad_to(t.rows, kTileGroup) * d,
             .b = reinterpret_cast<const bf16*>(t.k) + x.first * d,
             .b_column = kTile * d,
@@ -142,9 +142,10 @@ struct Tiles {
       if (from.rescale[r] == 1.0f) continue;
       for (int64_t c = 0; c < d; c += W) store(o + r * d + c, load(o + r * d + c) * from.rescale[r]);
     }
-    return {.a = from.p,
-            .lda = kTileBlock,
-            .a_part = kTileGroup * kTileBlock,
+    return {.a = reinterpret_cast<const bf16*>(from.s),
+            .lda = 2 * lds,
+            .a_step = 2 * kDepth,
+            .a_part = kDepth,
             .b = reinterpret_cast<const bf16*>(t.v) + x.first * kTile,
             .b_column = kTile * t.keys,
             .b_part = t.keys * d,
@@ -180,11 +181,12 @@ struct Tiles {
     }
   };
 
-  struct StoreParts {
-    bf16* p;
+  /// 32 scores become 32 times two parts, in the same 128 bytes.
+  struct InPlace {
+    float* s;
     Background& background;
     FLASH_ATTN_INLINE void operator()(int64_t j, vf a, vf b) const {
-      store_parts<2>(p + j, kTileGroup * kTileBlock, a, b);
+      store_parts<2>(reinterpret_cast<bf16*>(s + j), kDepth, a, b);
       background.turn();
     }
   };
@@ -193,8 +195,7 @@ struct Tiles {
   /// of the item before and q of the item after. Items are finished in order, so sums have one order.
   static void attend(const AttendTask& t) {
     float* const memory = reinterpret_cast<float*>(t.scratch);
-    bf16* const p = reinterpret_cast<bf16*>(memory + 2 * kTileGroup * lds);
-    Buffer buffers[2] = {{memory, p, {}}, {memory + kTileGroup * lds, p + 2 * kTileGroup * kTileBlock, {}}};
+    Buffer buffers[2] = {{memory, {}, {}}, {memory + kTileGroup * lds, {}, {}}};
     _tile_loadconfig(&kTileConfig);
     Background background;
     Item before{}, now = next_item(t, 0, 0);
@@ -204,10 +205,9 @@ struct Tiles {
       Buffer &mine = buffers[turn], &other = buffers[turn ^ 1];
       const Item after = next_item(t, now.block, now.r0 + kTileGroup);
       float scale = 1.0f;
-      for (int64_t r = 0; r < now.rows; ++r) {
+      for (int64_t r = 0; r < now.rows; ++r)
         scale = score_row(t, now.r0 + r, mine.s + r * lds, now.first, now.n, now.partial);
-        mine.rescale[r] = raise_max(mine.s + r * lds, now.n, scale, t.m[now.r0 + r]);
-      }
+      raise_maxima(mine.s, lds, now.rows, now.n, scale, t.m + now.r0, mine.base, mine.rescale);
       background.units = 0, background.credit = 0, background.calls = now.rows * now.n / (2 * W);
       if (before.rows > 0) {
         const TileSweep sweep = output(t, before, other);
@@ -220,8 +220,8 @@ struct Tiles {
         background.units += background.after.units();
       }
       for (int64_t r = 0; r < now.rows; ++r)
-        exponentials(mine.s + r * lds, now.n, scale, t.m[now.r0 + r], mine.rescale[r], t.l + (now.r0 + r) * W,
-                     StoreParts{mine.p + r * kTileBlock, background});
+        exponentials(mine.s + r * lds, now.n, scale, mine.base[r], mine.rescale[r], t.l + (now.r0 + r) * W,
+                     InPlace{mine.s + r * lds, background});
       background.finish();
       before = now, now = after;
       if (now.rows == 0) background.stream.start(output(t, before, mine));
@@ -235,7 +235,7 @@ struct Tiles {
             .panel = kTileKeys,
             .group = kTileGroup,
             .block = kTileBlock,
-            .scratch = 2 * kTileGroup * (lds * 4 + 2 * kTileBlock * 2),
+            .scratch = 2 * kTileGroup * lds * 4,
             .q_bytes = q_bytes,
             .k_bytes = k_bytes,
             .v_bytes = v_bytes,

@@ -1,34 +1,54 @@
 // The online softmax (Milakov & Gimelshein 2018), in whatever precision the caller stores p.
 //
-// Two steps a row: first all rows of a group raise their maxima, then all take exponentials. A row's second step waits
-// for the end of its first (a reduction across lanes and a 2^t, about 60 cycles); with the rows of the group in
-// between, it never does.
+// Two steps: first all rows of a group raise their maxima, then each takes its exponentials. A row's exponentials would
+// otherwise wait for a reduction across its lanes and a 2^t, about 60 cycles; and W rows together reduce by a transpose
+// and share one 2^t.
 //
 // Per vector of scores: a load and a maximum; then one multiply-add, 2^t (10 operations), one addition, and emit.
 
 namespace flash_attn::cpu::FLASH_ATTN_ISA {
 
 /// What scores are relative to. Nothing seen yet: 2^(-inf - 0) = 0, never -inf + inf.
-FLASH_ATTN_INLINE float softmax_base(float m) { return m == -kInfinity ? 0.0f : m; }
+FLASH_ATTN_INLINE vf softmax_base(vf m) { return m == all(-kInfinity) ? vf{} : m; }
 
-/// Raises the row's maximum m by its n scores (whole vectors) times scale; returns the factor for what was summed
-/// before.
-FLASH_ATTN_INLINE float raise_max(const float* s, int64_t n, float scale, float& m) {
+/// The maxima of n scores (whole vectors), lane by lane.
+FLASH_ATTN_INLINE vf max_by_lanes(const float* s, int64_t n) {
   vf m0 = load(s), m1 = m0;
   int64_t j = W;
   for (; j + W < n; j += 2 * W) m0 = max(m0, load(s + j)), m1 = max(m1, load(s + j + W));
   if (j < n) m0 = max(m0, load(s + j));
-  const float row_max = max_lanes(max(m0, m1)) * scale, before = m;
-  if (row_max > m) m = row_max;
-  return exp2(all(before - softmax_base(m)))[0];
+  return max(m0, m1);
 }
 
-/// p = 2^(scale s - m): emit(j, p, p') takes the two vectors from column j, emit(j, p) a last odd one.
+/// Raises the maxima m (rows) by scale times the rows' n scores. base (rows): what exponentials are relative to;
+/// rescale (rows): the factor for what was summed before.
+FLASH_ATTN_INLINE void raise_maxima(const float* s, int64_t lds, int64_t rows, int64_t n, float scale, float* m,
+                                    float* base, float* rescale) {
+  for (int64_t r = 0; r < rows; r += W) {
+    const int64_t count = rows - r < W ? rows - r : W;
+    const auto bytes = static_cast<std::size_t>(count) * sizeof(float);
+    vf top[W];
+    for (int i = 0; i < W; ++i) top[i] = i < count ? max_by_lanes(s + (r + i) * lds, n) : all(-kInfinity);
+    transpose(top);
+#pragma GCC unroll 4
+    for (int half = W / 2; half > 0; half /= 2)
+#pragma GCC unroll 8
+      for (int i = 0; i < half; ++i) top[i] = max(top[i], top[i + half]);
+
+    vf before = all(-kInfinity);
+    std::memcpy(&before, m + r, bytes);
+    const vf now = max(top[0] * scale, before), relative_to = softmax_base(now), factor = exp2(before - relative_to);
+    std::memcpy(m + r, &now, bytes);
+    std::memcpy(base + r, &relative_to, bytes);
+    std::memcpy(rescale + r, &factor, bytes);
+  }
+}
+
+/// p = 2^(scale s - base): emit(j, p, p') takes the two vectors from column j, emit(j, p) a last odd one.
 /// l = rescale l + sum p.
 template <class Emit>
-FLASH_ATTN_INLINE void exponentials(const float* s, int64_t n, float scale, float m, float rescale, float* l,
+FLASH_ATTN_INLINE void exponentials(const float* s, int64_t n, float scale, float base, float rescale, float* l,
                                     const Emit& emit) {
-  const float base = softmax_base(m);
   vf sum0{}, sum1{}, sum2{}, sum3{};
   int64_t j = 0;
   for (; j + 3 * W < n; j += 4 * W) {

@@ -66,8 +66,8 @@ inline constexpr Pairs kOutputPairs[2] = {{2, {{1, 0}, {0, 0}}}, {3, {{1, 0}, {0
 /// C (16 rows_of_tiles, 16 columns) (+)= A (.., 32 steps) . B (32 steps, ..), two columns of tiles after two.
 struct TileSweep {
   const bf16* a;
-  int64_t lda, a_part;  // elements
-  const bf16* b;        // column j of tiles at b + j * b_column, its steps one after the other
+  int64_t lda, a_step, a_part;  // elements
+  const bf16* b;                // column j of tiles at b + j * b_column, its steps one after the other
   int64_t b_column, b_part;
   float* c;
   int64_t ldc;
@@ -109,7 +109,7 @@ class TileStream {
       _tile_dpbf16ps(2, 5, 6);
       if (two_columns_) _tile_dpbf16ps(3, 5, 7);
     }
-    a_ += kDepth, b_ += kTileSize, --left_;
+    a_ += w.a_step, b_ += kTileSize, --left_;
     if (--steps_ == 0) next();
   }
 
