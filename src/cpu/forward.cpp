@@ -25,7 +25,7 @@ struct Head {
 /// Scratch of one worker, for tasks of plan.rows rows.
 struct Scratch {
   char *q, *tiles;
-  float *o, *l, *m, *slope, *factor;
+  float *o, *l, *m, *slope, *factor, *lse;
   int64_t *lo, *hi, *position;
   const char **q_rows, **out_rows;
 
@@ -37,6 +37,7 @@ struct Scratch {
         m(arena.take<float>(plan.rows)),
         slope(arena.take<float>(plan.rows)),
         factor(arena.take<float>(plan.rows)),
+        lse(arena.take<float>(plan.rows)),
         lo(arena.take<int64_t>(plan.rows)),
         hi(arena.take<int64_t>(plan.rows)),
         position(arena.take<int64_t>(plan.rows)),
@@ -68,25 +69,13 @@ bool pack(const Pass& pass, const Head& h, int64_t first) {
   return kernel.plain_only && (k_special || v_special);
 }
 
-/// The end of the softmax: o / l, and lse = ln 2 (m + log2 l), with a sink as one more logit of the denominator.
-void finish_row(const Problem& p, const Kernels& k, const Scratch& s, int64_t r, int64_t batch, int64_t row,
-                int64_t head) {
-  double sum = 0;
-  for (int64_t i = 0; i < k.width; ++i) sum += s.l[r * k.width + i];
-  double m = s.m[r];
-  float factor = sum == 0.0 ? 0.0f : static_cast<float>(1.0 / sum);
-  double lse = sum == 0.0 ? p.empty_lse() : kLn2 * m + std::log(sum);
-  if (p.scores.sink.present()) {
-    const double sink = sink_logit(p.scores, head);
-    const double top = sum == 0.0 ? sink : std::max(lse, sink);
-    if (!(sink == -INFINITY)) {
-      const double with_sink = top + std::log((sum == 0.0 ? 0.0 : std::exp(lse - top)) + std::exp(sink - top));
-      factor = sum == 0.0 ? 0.0f : static_cast<float>(std::exp(kLn2 * m - with_sink));
-      lse = with_sink;
-    }
-  }
-  s.factor[r] = factor;
-  if (p.lse.present()) *reinterpret_cast<float*>(p.lse.at(batch, row, head)) = static_cast<float>(lse);
+/// One more logit in the denominator of row r: 1 / (l + e^sink) = 1 / l / (1 + e^(sink - lse)).
+void add_sink(const Scratch& s, int64_t r, double sink) {
+  const double lse = s.lse[r], top = std::max(lse, sink), bottom = std::min(lse, sink);
+  if (sink == -INFINITY) return;
+  const double with_sink = top + std::log1p(std::exp(bottom - top));
+  s.factor[r] *= static_cast<float>(std::exp(lse - with_sink));
+  s.lse[r] = static_cast<float>(with_sink);
 }
 
 /// Attends and writes the rows of a range; returns whether the head must be left instead.
@@ -131,8 +120,13 @@ bool attend(const Pass& pass, const Head& h, const AttendRange& range, const Scr
       .l = s.l,
       .scratch = s.tiles,
   });
-  for (int64_t r = 0; r < n; ++r)
-    finish_row(p, k, s, r, seq.q_batch, seq.q_row + range.row + r % range.rows, range.head + r / range.rows);
+  k.finish_rows(n, s.m, s.l, s.factor, s.lse);
+  for (int64_t r = 0; r < n; ++r) {
+    const int64_t head = range.head + r / range.rows, row = seq.q_row + range.row + r % range.rows;
+    if (p.scores.sink.present()) add_sink(s, r, sink_logit(p.scores, head));
+    if (p.lse.present())
+      *reinterpret_cast<float*>(p.lse.at(seq.q_batch, row, head)) = s.lse[r] == -INFINITY ? p.empty_lse() : s.lse[r];
+  }
   k.store_rows({s.out_rows, n, p.headdim_v, p.out.stride_col, p.dtype}, s.factor, s.o, ldo);
   return false;
 }

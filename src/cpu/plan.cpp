@@ -39,7 +39,7 @@ Plan make_plan(const Problem& p, const AttendKernel& kernel, int64_t width) {
   plan.workspace_per_worker = static_cast<int64_t>(
       Arena::padded<char>(kernel.q_bytes(plan.rows, p.headdim)) +
       Arena::padded<float>(plan.rows * round_up(p.headdim_v, width)) + Arena::padded<float>(plan.rows * width) +
-      3 * Arena::padded<float>(plan.rows) + 3 * Arena::padded<int64_t>(plan.rows) +
+      4 * Arena::padded<float>(plan.rows) + 3 * Arena::padded<int64_t>(plan.rows) +
       2 * Arena::padded<const char*>(plan.rows) + Arena::padded<char>(kernel.scratch));
   return plan;
 }

@@ -24,11 +24,20 @@ struct Tiles {
   static int64_t k_bytes(int64_t keys, int64_t headdim) { return kParts * 2 * keys * pad_to(headdim, kDepth); }
   static int64_t v_bytes(int64_t keys, int64_t headdim_v) { return kParts * 2 * keys * pad_to(headdim_v, kTile); }
 
-  /// Columns [c, c + 32) of a row; zeros beyond the row, and for rows beyond the list.
-  static bool load_row(const RowList& rows, int64_t r, int64_t c, float factor, vf& a, vf& b) {
-    const bool inside = r < rows.rows;
-    a = inside && c < rows.cols ? load_columns(rows, r, c) * factor : vf{};
-    b = inside && c + W < rows.cols ? load_columns(rows, r, c + W) * factor : vf{};
+  /// Parts of columns [c, c + 32) of row r times factor, `distance` apart; zeros beyond the row, and for rows beyond
+  /// the list. Returns whether they could be split.
+  static bool load_parts(const RowList& rows, int64_t r, int64_t c, float factor, bf16* to, int64_t distance) {
+    const char* const row = r < rows.rows ? rows.row[r] : nullptr;
+    if constexpr (kParts == 1) {
+      if (row && rows.stride_col == 1 && c + kDepth <= rows.cols && factor == 1.0f) {  // as it is
+        std::memcpy(to, row + 2 * c, 2 * kDepth);
+        return true;
+      }
+    }
+    vf a{}, b{};
+    if (row && c < rows.cols) a = load_columns(rows, r, c) * factor;
+    if (row && c + W < rows.cols) b = load_columns(rows, r, c + W) * factor;
+    store_parts<kParts>(to, distance, a, b);
     return splits<kParts>(a) && splits<kParts>(b);
   }
 
@@ -36,11 +45,8 @@ struct Tiles {
     const int64_t d = pad_to(rows.cols, kDepth), padded = pad_to(rows.rows, kTileGroup);
     bool plain = true;
     for (int64_t r = 0; r < padded; ++r)
-      for (int64_t c = 0; c < d; c += kDepth) {
-        vf a, b;
-        plain &= load_row(rows, r, c, sign, a, b);
-        store_parts<kParts>(reinterpret_cast<bf16*>(to) + r * d + c, padded * d, a, b);
-      }
+      for (int64_t c = 0; c < d; c += kDepth)
+        plain &= load_parts(rows, r, c, sign, reinterpret_cast<bf16*>(to) + r * d + c, padded * d);
     return !plain;
   }
 
@@ -51,11 +57,8 @@ struct Tiles {
     for (int64_t r0 = 0; r0 < kTileKeys; r0 += kTile)
       for (int64_t c = 0; c < d; c += kDepth) {
         alignas(64) bf16 lines[kParts][kTileSize];
-        for (int64_t r = 0; r < kTile; ++r) {
-          vf a, b;
-          plain &= load_row(rows, r0 + r, c, 1.0f, a, b);
-          store_parts<kParts>(lines[0] + r * kDepth, kTileSize, a, b);
-        }
+        for (int64_t r = 0; r < kTile; ++r)
+          plain &= load_parts(rows, r0 + r, c, 1.0f, lines[0] + r * kDepth, kTileSize);
         for (int part = 0; part < kParts; ++part) {
           vf x[W];
           for (int i = 0; i < W; ++i) x[i] = load(reinterpret_cast<const float*>(lines[part] + i * kDepth));
@@ -67,28 +70,24 @@ struct Tiles {
     return !plain;
   }
 
-  /// Two keys interleaved, 16 columns at a time. A value that is inf or NaN is special for any number of parts: p may
-  /// be 0 for it.
+  /// Two keys interleaved, two tiles of 16 columns at a time. A value that is inf or NaN is special for any number of
+  /// parts: p may be 0 for it.
   static bool pack_v(const RowList& rows, char* to, int64_t keys, int64_t first) {
     const int64_t d = pad_to(rows.cols, kTile);
-    const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22,
-                                                6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     bool plain = true;
-    vf zeros{};
     for (int64_t r = 0; r < kTileKeys; r += 2)
-      for (int64_t c = 0; c < d; c += kTile) {
-        const vf a = r < rows.rows ? load_columns(rows, r, c) : vf{};
-        const vf b = r + 1 < rows.rows ? load_columns(rows, r + 1, c) : vf{};
-        plain &= splits<kParts>(a) && splits<kParts>(b);
-        zeros += a * 0.0f + b * 0.0f;
-        alignas(64) bf16 parts[kParts][kDepth];
-        store_parts<kParts>(parts[0], kDepth, a, b);
+      for (int64_t c = 0; c < d; c += kDepth) {
+        alignas(64) bf16 even[kParts][kDepth], odd[kParts][kDepth];
+        plain &= load_parts(rows, r, c, 1.0f, even[0], kDepth);
+        plain &= load_parts(rows, r + 1, c, 1.0f, odd[0], kDepth);
+        plain &= all_finite(even[0]) && all_finite(odd[0]);
         for (int part = 0; part < kParts; ++part) {
           bf16* const line = reinterpret_cast<bf16*>(to) + part * keys * d + c * keys + first * kTile + r * kTile;
-          _mm512_store_si512(line, _mm512_permutexvar_epi16(interleave, _mm512_load_si512(parts[part])));
+          interleave<0>(even[part], odd[part], line);
+          if (c + kTile < d) interleave<kTile>(even[part], odd[part], line + kTile * keys);
         }
       }
-    return !plain || has_special(zeros);
+    return !plain;
   }
 
   /// A score tile: rows [r0, r0 + rows) against keys [first, first + n).

@@ -52,6 +52,26 @@ FLASH_ATTN_INLINE bool splits(vf x) {
   return (large | (small & ~zero)) == 0;
 }
 
+/// Whether none of 32 bf16 is an inf or a NaN.
+FLASH_ATTN_INLINE bool all_finite(const bf16* x) {
+  const __m512i exponent = _mm512_set1_epi16(0x7f80);
+  return _mm512_cmpeq_epi16_mask(_mm512_and_si512(_mm512_load_si512(x), exponent), exponent) == 0;
+}
+
+/// a0 b0 a1 b1 ... of 16 elements each, from element kFrom on.
+template <int kFrom, int... kPair>
+FLASH_ATTN_INLINE v32h interleave_pairs(v32h a, v32h b, std::integer_sequence<int, kPair...>) {
+  return __builtin_shufflevector(a, b, (kFrom + kPair / 2 + kPair % 2 * 32)...);
+}
+template <int kFrom>
+FLASH_ATTN_INLINE void interleave(const bf16* a, const bf16* b, bf16* to) {
+  v32h x, y;
+  std::memcpy(&x, a, sizeof x);
+  std::memcpy(&y, b, sizeof y);
+  x = interleave_pairs<kFrom>(x, y, std::make_integer_sequence<int, 32>{});
+  std::memcpy(to, &x, sizeof x);
+}
+
 /// Which parts meet, the smallest products first.
 struct Pair {
   int a, b;
