@@ -77,7 +77,7 @@ const dlpack::ExchangeApi* exchange_api(PyTypeObject* type) {
   while (api && api->version.major != 1) api = api->previous;
   if (!api || !api->tensor_from_object) return nullptr;
   if (known.size() < kMostKnown) {
-    Py_INCREF(type);
+    Py_INCREF(reinterpret_cast<PyObject*>(type));
     known.push_back({type, api});
   }
   return api;
