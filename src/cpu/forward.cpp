@@ -162,9 +162,10 @@ std::vector<int64_t> attend_heads(const Problem& p, const Kernels& k, const Atte
       heads.push_back({index, s, pack, pack + plan.k_bytes, special + slot * (plan.keys_padded / kernel.panel),
                        round_up(s.seqlen_k, kernel.panel)});
     }
-    // Chunks of packing of about a quarter of a million elements; the heads' offsets in chunks, by binary search.
+    // Chunks of packing of about 2^15 elements, 5 us each: few heads must do for many workers. The heads' offsets in
+    // chunks are found by binary search.
     const int64_t chunk =
-        std::max<int64_t>(1, (int64_t{1} << 18) / (kernel.panel * (p.headdim + p.headdim_v))) * kernel.panel;
+        std::max<int64_t>(1, (int64_t{1} << 15) / (kernel.panel * (p.headdim + p.headdim_v))) * kernel.panel;
     std::vector<int64_t> chunks_before(1, 0);
     for (std::size_t i = 0; i < heads.size(); ++i) {
       const Sequence& s = heads[i].sequence;

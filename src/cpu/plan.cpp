@@ -12,7 +12,7 @@ constexpr int64_t kWaveBytes = int64_t{16} << 20;
 // Rows of a task: each packed key is read once per task from L2 or L3, so more rows mean less traffic (8 d bytes a key
 // for 4 d rows FLOPs: 192 rows need 0.7 bytes a cycle); q, o and the statistics of the rows must leave room in L2.
 constexpr int64_t kMaxRows = 192;
-constexpr int64_t kEnoughTasks = 32;
+constexpr int64_t kEnoughTasks = 24;
 // A split of the backward packs its keys and loads every query that sees them: it must have keys enough to pay for it.
 constexpr int64_t kMinKeysPerSplit = 256;
 constexpr int64_t kPartialBytes = int64_t{64} << 20;

@@ -11,8 +11,8 @@
 
 namespace flash_attn::cpu::FLASH_ATTN_ISA {
 
-inline constexpr int64_t kGroup = 12;  // 12 x 400 floats: 19 KB of L1
-inline constexpr int64_t kBlock = W == 16 ? 384 : 256;
+inline constexpr int64_t kGroup = 12;  // 12 x 528 floats: 25 KB of L1
+inline constexpr int64_t kBlock = W == 16 ? 512 : 256;
 
 /// The probabilities take the place of the scores.
 struct InPlace {
