@@ -34,9 +34,10 @@ struct Tiles {
         return true;
       }
     }
+    constexpr AnyLoader load{};
     vf a{}, b{};
-    if (row && c < rows.cols) a = load_columns(rows, r, c) * factor;
-    if (row && c + W < rows.cols) b = load_columns(rows, r, c + W) * factor;
+    if (row && c < rows.cols) a = load(rows, r, c) * factor;
+    if (row && c + W < rows.cols) b = load(rows, r, c + W) * factor;
     store_parts<kParts>(to, distance, a, b);
     return splits<kParts>(a) && splits<kParts>(b);
   }

@@ -6,17 +6,52 @@ namespace flash_attn::cpu::FLASH_ATTN_ISA {
 
 FLASH_ATTN_INLINE int64_t bytes_of(DType t) { return t == DType::f32 ? 4 : 2; }
 
-FLASH_ATTN_INLINE vf load_columns(const RowList& rows, int64_t r, int64_t c) {
-  const char* p = rows.row[r];
-  if (!p) return vf{};
-  return load_as_float(p + c * rows.stride_col * bytes_of(rows.dtype), rows.dtype, rows.stride_col, rows.cols - c);
+/// Columns [c, c + W) of row r in fp32, zeros beyond the row. One loader per memory layout, chosen once per list.
+struct AnyLoader {
+  FLASH_ATTN_INLINE vf operator()(const RowList& rows, int64_t r, int64_t c) const {
+    const char* p = rows.row[r];
+    if (!p) return vf{};
+    return load_as_float(p + c * rows.stride_col * bytes_of(rows.dtype), rows.dtype, rows.stride_col, rows.cols - c);
+  }
+};
+/// Columns next to each other.
+template <DType kType>
+struct RunLoader {
+  FLASH_ATTN_INLINE vf operator()(const RowList& rows, int64_t r, int64_t c) const {
+    const char* p = rows.row[r];
+    if (!p || c + W > rows.cols) return AnyLoader{}(rows, r, c);
+    if constexpr (kType == DType::f32) return load(reinterpret_cast<const float*>(p) + c);
+    if constexpr (kType == DType::bf16) return from_bf16(load_half(p + 2 * c));
+    return from_f16(load_half(p + 2 * c));
+  }
+};
+template <class Body>
+FLASH_ATTN_INLINE auto with_loader(const RowList& rows, const Body& body) {
+  if (rows.stride_col != 1) return body(AnyLoader{});
+  if (rows.dtype == DType::f32) return body(RunLoader<DType::f32>{});
+  if (rows.dtype == DType::bf16) return body(RunLoader<DType::bf16>{});
+  return body(RunLoader<DType::f16>{});
 }
 
-/// x * 0 is NaN for an inf or a NaN and 0 for all else: summing it finds them at one FMA a vector.
-FLASH_ATTN_INLINE bool has_special(vf zeros) {
-  const float s = sum_lanes(zeros);
-  return s != s;
-}
+/// Looks for an inf or a NaN: by their bits, the largest of all. (Summing x * 0 would wait for every sum.)
+class SpecialFinder {
+ public:
+  FLASH_ATTN_INLINE vf see(vf x) {
+    const vi magnitude = as_int(x) & 0x7fffffff;
+    largest_ = magnitude > largest_ ? magnitude : largest_;
+    return x;
+  }
+  bool found() const {
+    int32_t lanes[W];
+    std::memcpy(lanes, &largest_, sizeof lanes);
+    int32_t largest = 0;
+    for (int i = 0; i < W; ++i) largest = lanes[i] > largest ? lanes[i] : largest;
+    return largest >= 0x7f800000;
+  }
+
+ private:
+  vi largest_{};
+};
 
 /// In-register transpose of W vectors of W floats: log2(W) rounds of exchanging blocks of size kHalf.
 ///   x: a0 a1   y: b0 b1   ->   a0 b0   a1 b1     (each a block of kHalf lanes, all along the vector)
@@ -42,47 +77,48 @@ FLASH_ATTN_INLINE void transpose(vf (&x)[W]) {
 }
 
 inline bool pack_panel(const RowList& rows, float* panel) {
-  vf zeros{};
-  for (int64_t r0 = 0; r0 < kPanel; r0 += W) {
-    for (int64_t c = 0; c < rows.cols; c += W) {
-      vf x[W];
-      for (int i = 0; i < W; ++i) {
-        x[i] = r0 + i < rows.rows ? load_columns(rows, r0 + i, c) : vf{};
-        zeros += x[i] * 0.0f;
+  return with_loader(rows, [&](const auto& load_columns) {
+    SpecialFinder finder;
+    for (int64_t r0 = 0; r0 < kPanel; r0 += W) {
+      for (int64_t c = 0; c < rows.cols; c += W) {
+        vf x[W];
+        for (int i = 0; i < W; ++i) x[i] = r0 + i < rows.rows ? finder.see(load_columns(rows, r0 + i, c)) : vf{};
+        transpose(x);
+        const int64_t n = rows.cols - c < W ? rows.cols - c : W;
+        for (int64_t i = 0; i < n; ++i) store(panel + (c + i) * kPanel + r0, x[i]);
       }
-      transpose(x);
-      const int64_t n = rows.cols - c < W ? rows.cols - c : W;
-      for (int64_t i = 0; i < n; ++i) store(panel + (c + i) * kPanel + r0, x[i]);
     }
-  }
-  return has_special(zeros);
+    return finder.found();
+  });
 }
 
 inline bool pack_strips(const RowList& rows, float* strips, int64_t rows_pad, int64_t first) {
-  vf zeros{};
-  for (int64_t c0 = 0; c0 < rows.cols; c0 += kPanel) {
-    const int64_t left = rows.cols - c0;
-    const int64_t width = left >= kPanel ? kPanel : (left + W - 1) / W * W;
-    float* to = strips + c0 * rows_pad + first * width;
-    for (int64_t r = 0; r < rows.rows; ++r, to += width)
-      for (int64_t c = 0; c < width; c += W) {
-        const vf x = load_columns(rows, r, c0 + c);
-        zeros += x * 0.0f;
-        store(to + c, x);
-      }
-  }
-  return has_special(zeros);
+  return with_loader(rows, [&](const auto& load_columns) {
+    SpecialFinder finder;
+    for (int64_t c0 = 0; c0 < rows.cols; c0 += kPanel) {
+      const int64_t left = rows.cols - c0;
+      const int64_t width = left >= kPanel ? kPanel : (left + W - 1) / W * W;
+      float* to = strips + c0 * rows_pad + first * width;
+      for (int64_t r = 0; r < rows.rows; ++r, to += width)
+        for (int64_t c = 0; c < width; c += W) store(to + c, finder.see(load_columns(rows, r, c0 + c)));
+    }
+    return finder.found();
+  });
 }
 
 inline bool load_rows(const RowList& rows, float factor, float* dst, int64_t ld) {
-  vf zeros{};
-  for (int64_t r = 0; r < rows.rows; ++r)
-    for (int64_t c = 0; c < rows.cols; c += W) {
-      const vf x = load_columns(rows, r, c);
-      zeros += x * 0.0f;
-      store_from_float(reinterpret_cast<char*>(dst + r * ld + c), x * factor, DType::f32, 1, rows.cols - c);
-    }
-  return has_special(zeros);
+  return with_loader(rows, [&](const auto& load_columns) {
+    SpecialFinder finder;
+    for (int64_t r = 0; r < rows.rows; ++r)
+      for (int64_t c = 0; c < rows.cols; c += W) {
+        const vf x = finder.see(load_columns(rows, r, c)) * factor;
+        if (c + W <= rows.cols)
+          store(dst + r * ld + c, x);
+        else
+          store_from_float(reinterpret_cast<char*>(dst + r * ld + c), x, DType::f32, 1, rows.cols - c);
+      }
+    return finder.found();
+  });
 }
 
 inline void dot_rows(const RowList& rows, const float* x, int64_t ld, float* dots) {
@@ -90,7 +126,7 @@ inline void dot_rows(const RowList& rows, const float* x, int64_t ld, float* dot
     vf sum{};
     for (int64_t c = 0; c < rows.cols; c += W) {
       const vf xr = load_as_float(reinterpret_cast<const char*>(x + r * ld + c), DType::f32, 1, rows.cols - c);
-      sum += load_columns(rows, r, c) * xr;
+      sum += AnyLoader{}(rows, r, c) * xr;
     }
     dots[r] = sum_lanes(sum);
   }
