@@ -2,11 +2,12 @@
 //
 //   q  [part][rows padded][headdim padded]                 operand A of the scores
 //   k  [part][keys / 16][headdim / 32] tiles               operand B: a row of a tile is two columns of 16 keys
-//   p  [group][block / 32][2 parts][32]                   operand A of the output; takes the place of the scores
+//   p  [group][block / 32][2 parts][32]                    operand A of the output; takes the place of the scores
 //   v  [part][headdim_v / 16][keys / 32] tiles             operand B: a row of a tile is two keys of 16 columns
 //
-// Cycles for 16 scores, at one tile product (16 x 16 x 32) in 16 cycles, for N products of parts in all: d N / 32, and
-// about 12 for the softmax and its parts. d = 64: bf16 6, fp16 14.
+// Cycles for 16 scores, a tile product (16 x 16 x 32) taking 16 cycles: d N / 32 for N products of parts in all (bf16:
+// 3, fp16: 7), and about 12 for the softmax. A tile product holds a port that vector operations could use: together
+// they take about the larger of d N / 32 and 24, or the sum of d N / 32 and 12.
 
 namespace flash_attn::cpu::FLASH_ATTN_ISA {
 
@@ -196,7 +197,7 @@ struct Tiles {
   static void attend(const AttendTask& t) {
     float* const memory = reinterpret_cast<float*>(t.scratch);
     Buffer buffers[2] = {{memory, {}, {}}, {memory + kTileGroup * lds, {}, {}}};
-    _tile_loadconfig(&kTileConfig);
+    begin_tiles();
     Background background;
     Item before{}, now = next_item(t, 0, 0);
     if (now.rows > 0) background.stream.start(scores(t, now, buffers[0]));
@@ -227,7 +228,7 @@ struct Tiles {
       if (now.rows == 0) background.stream.start(output(t, before, mine));
     }
     background.finish();
-    _tile_release();
+    end_tiles();
   }
 
   static constexpr AttendKernel kernel(const char* name) {

@@ -5,7 +5,9 @@
 // all exact in fp32; the smallest one is left out where p is rounded anyway. bf16: 1 product for the scores, 2 with p;
 // fp16: 4 and 3.
 //
-// Operand A is row-major. Operand B holds tiles of 16 rows, row r the pairs (2r, 2r + 1) of 16 columns.
+// Operand A is row-major. Operand B holds tiles of 16 rows, row r the pairs (2r, 2r + 1) of 16 columns. Accumulators
+// are tiles 0 - 3 (two rows of two), A is in 4 and 5, B in 6 and 7.
+#include <bit>
 
 namespace flash_attn::cpu::FLASH_ATTN_ISA {
 
@@ -16,18 +18,39 @@ inline constexpr int64_t kTileSize = 512;  // bf16 in a tile
 using bf16 = uint16_t;
 using v32h = uint16_t __attribute__((vector_size(64)));
 
+#if defined(__AMX_BF16__)
 struct alignas(64) TileConfig {
   uint8_t palette, start_row, reserved[14];
   uint16_t bytes[16];
   uint8_t rows[16];
 };
-/// Accumulators 0 - 3 (two rows of two), A in 4 and 5, B in 6 and 7; all of 16 rows of 64 bytes. A constant, because
-/// compilers take the instruction for a read of 8 bytes and may leave out the stores of the rest.
+/// Eight tiles of 16 rows of 64 bytes. A constant, because compilers take the instruction for a read of 8 bytes and may
+/// leave out the stores of the rest.
 inline constexpr TileConfig kTileConfig = {
     1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
 
+FLASH_ATTN_INLINE void begin_tiles() { _tile_loadconfig(&kTileConfig); }
+FLASH_ATTN_INLINE void end_tiles() { _tile_release(); }
+// Macros: the number of a tile is part of the instruction. Strides in bytes.
+#define FLASH_ATTN_TILE_ZERO(tile) _tile_zero(tile)
+#define FLASH_ATTN_TILE_LOAD(tile, from, stride) _tile_loadd(tile, from, stride)
+#define FLASH_ATTN_TILE_STORE(tile, to, stride) _tile_stored(tile, to, stride)
+#define FLASH_ATTN_TILE_MULTIPLY(c, a, b) _tile_dpbf16ps(c, a, b)
+#else
+#include "cpu/kernel/tiles_emulated.hpp"
+#endif
+
 /// Two vectors as 32 bf16, rounded to nearest even.
-FLASH_ATTN_INLINE v32h to_bf16_pair(vf a, vf b) { return reinterpret_cast<v32h>(_mm512_cvtne2ps_pbh(b, a)); }
+FLASH_ATTN_INLINE v32h to_bf16_pair(vf a, vf b) {
+#if defined(__AVX512BF16__)
+  return reinterpret_cast<v32h>(_mm512_cvtne2ps_pbh(b, a));
+#else
+  const vh pair[2] = {to_bf16(a), to_bf16(b)};
+  v32h both;
+  std::memcpy(&both, pair, sizeof both);
+  return both;
+#endif
+}
 /// The nearest bf16 (ties away from zero), for finite x below 2^127. x - leading(x) is exact.
 FLASH_ATTN_INLINE vf leading(vf x) { return as_float((as_int(x) + 0x8000) & static_cast<int32_t>(0xffff0000)); }
 
@@ -117,17 +140,17 @@ class TileStream {
 
   FLASH_ATTN_INLINE void unit() {
     const TileSweep& w = sweep_;
-    _tile_loadd(6, b_, 64);
-    _tile_loadd(4, a_, w.lda * 2);
-    _tile_dpbf16ps(0, 4, 6);
+    FLASH_ATTN_TILE_LOAD(6, b_, 64);
+    FLASH_ATTN_TILE_LOAD(4, a_, w.lda * 2);
+    FLASH_ATTN_TILE_MULTIPLY(0, 4, 6);
     if (two_columns_) {
-      _tile_loadd(7, b_ + w.b_column, 64);
-      _tile_dpbf16ps(1, 4, 7);
+      FLASH_ATTN_TILE_LOAD(7, b_ + w.b_column, 64);
+      FLASH_ATTN_TILE_MULTIPLY(1, 4, 7);
     }
     if (w.two_rows) {
-      _tile_loadd(5, a_ + kTile * w.lda, w.lda * 2);
-      _tile_dpbf16ps(2, 5, 6);
-      if (two_columns_) _tile_dpbf16ps(3, 5, 7);
+      FLASH_ATTN_TILE_LOAD(5, a_ + kTile * w.lda, w.lda * 2);
+      FLASH_ATTN_TILE_MULTIPLY(2, 5, 6);
+      if (two_columns_) FLASH_ATTN_TILE_MULTIPLY(3, 5, 7);
     }
     a_ += w.a_step, b_ += kTileSize, --left_;
     if (--steps_ == 0) next();
@@ -147,24 +170,24 @@ class TileStream {
     begin_pair();
     float *const c0 = w.c + column_ * kTile, *const c1 = c0 + kTile * w.ldc;
     if (w.add) {
-      _tile_loadd(0, c0, w.ldc * 4);
-      if (two_columns_) _tile_loadd(1, c0 + kTile, w.ldc * 4);
-      if (w.two_rows) _tile_loadd(2, c1, w.ldc * 4);
-      if (w.two_rows && two_columns_) _tile_loadd(3, c1 + kTile, w.ldc * 4);
+      FLASH_ATTN_TILE_LOAD(0, c0, w.ldc * 4);
+      if (two_columns_) FLASH_ATTN_TILE_LOAD(1, c0 + kTile, w.ldc * 4);
+      if (w.two_rows) FLASH_ATTN_TILE_LOAD(2, c1, w.ldc * 4);
+      if (w.two_rows && two_columns_) FLASH_ATTN_TILE_LOAD(3, c1 + kTile, w.ldc * 4);
     } else {
-      _tile_zero(0);
-      _tile_zero(1);
-      _tile_zero(2);
-      _tile_zero(3);
+      FLASH_ATTN_TILE_ZERO(0);
+      FLASH_ATTN_TILE_ZERO(1);
+      FLASH_ATTN_TILE_ZERO(2);
+      FLASH_ATTN_TILE_ZERO(3);
     }
   }
   void end_column() {
     const TileSweep& w = sweep_;
     float *const c0 = w.c + column_ * kTile, *const c1 = c0 + kTile * w.ldc;
-    _tile_stored(0, c0, w.ldc * 4);
-    if (two_columns_) _tile_stored(1, c0 + kTile, w.ldc * 4);
-    if (w.two_rows) _tile_stored(2, c1, w.ldc * 4);
-    if (w.two_rows && two_columns_) _tile_stored(3, c1 + kTile, w.ldc * 4);
+    FLASH_ATTN_TILE_STORE(0, c0, w.ldc * 4);
+    if (two_columns_) FLASH_ATTN_TILE_STORE(1, c0 + kTile, w.ldc * 4);
+    if (w.two_rows) FLASH_ATTN_TILE_STORE(2, c1, w.ldc * 4);
+    if (w.two_rows && two_columns_) FLASH_ATTN_TILE_STORE(3, c1 + kTile, w.ldc * 4);
   }
   void next() {
     if (++pair_ < sweep_.pairs->count) return begin_pair();

@@ -5,7 +5,7 @@
 
 #include "core/problem.hpp"
 #include "cpu/driver.hpp"
-#include "cpu/isa.hpp"
+#include "cpu/kernels_under_test.hpp"
 #include "support/attention_case.hpp"
 #include "support/compare.hpp"
 
@@ -74,7 +74,7 @@ TEST_P(AgainstOracle, ForwardAndBackward) {
   want.run.backend = "reference";
   forward(want.forward_call());
   backward(want.backward_call());
-  for (const cpu::Kernels* kernels : cpu::usable_kernels()) {
+  for (const cpu::Kernels* kernels : kernels_under_test()) {
     SCOPED_TRACE(kernels->name);
     AttentionCase got = random_case(GetParam());
     const double atol = tolerance(got.q.dtype());
@@ -103,7 +103,7 @@ INSTANTIATE_TEST_SUITE_P(Random, AgainstOracle, ::testing::Range(uint64_t{1}, ui
 /// A NaN reaches the rows that see it and no other, through tiles that mix both: keys from the last sequence positions,
 /// rows of a causal triangle. 16-bit numbers may be split into parts, which an inf or a NaN cannot be.
 TEST(Cpu, NanReachesExactlyWhatDependsOnIt) {
-  for (const cpu::Kernels* kernels : cpu::usable_kernels()) {
+  for (const cpu::Kernels* kernels : kernels_under_test()) {
     for (const DType dtype : {DType::f32, DType::bf16, DType::f16}) {
       SCOPED_TRACE(std::string(kernels->name) + (dtype == DType::f32    ? " fp32"
                                                  : dtype == DType::bf16 ? " bf16"
@@ -134,7 +134,7 @@ TEST(Cpu, NanReachesExactlyWhatDependsOnIt) {
 
 /// An inf or a NaN in one operand at a time. Row 70 alone holds it (q), or the rows that see key 70 (k, v).
 TEST(Cpu, InfAndNanInEachOperand) {
-  for (const cpu::Kernels* kernels : cpu::usable_kernels()) {
+  for (const cpu::Kernels* kernels : kernels_under_test()) {
     for (const DType dtype : {DType::f32, DType::bf16, DType::f16}) {
       for (const double value :
            {static_cast<double>(NAN), static_cast<double>(INFINITY), -static_cast<double>(INFINITY)}) {
