@@ -2,10 +2,12 @@
 
 #include <cstdlib>
 
-#if defined(__x86_64__) && defined(__linux__)
+#if defined(__x86_64__)
 #include <cpuid.h>
+#if defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
+#endif
 #endif
 
 #include "flash_attn/flash_attn.hpp"
@@ -37,6 +39,12 @@ extern const Kernels kernels;
 #endif
 
 #if defined(__x86_64__)
+/// By its bit: clang 14 does not know the name. Whether the system saves the registers is what "avx2" asks.
+static bool has_f16c() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c >> 29 & 1);
+}
+
 /// AMX: the processor has tiles of bf16, and the system lets this process use them (Linux asks to be asked).
 static bool amx_runs() {
 #if defined(__linux__)
@@ -67,8 +75,7 @@ std::vector<const Kernels*> usable_kernels() {
   std::vector<const Kernels*> all;
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  const bool avx2_runs =
-      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx2_runs = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
   const bool avx512_runs = avx2_runs && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (avx512_runs && amx_runs()) all.push_back(amx_kernels());

@@ -68,17 +68,22 @@ FLASH_ATTN_INLINE void tile(const Gemm& g, const float* row_scale) {
     for (int n = 0; n < NR; ++n) store(g.c + r * g.ldc + n * W, acc[r][n]);
 }
 
+/// One tile of MR rows; then what is left of C, A and the scales begins after them.
+template <int MR, int NR, Into kInto>
+FLASH_ATTN_INLINE void tile_step(Gemm& g, int64_t& rows, const float*& row_scale) {
+  tile<MR, NR, kInto>(g, row_scale);
+  g.a += MR * g.a_row, g.c += MR * g.ldc, rows -= MR;
+  if constexpr (kInto == Into::scale_add) row_scale += MR;
+}
+
 /// `rows` rows of a tile NR vectors wide: full tiles, then 4, 2 and 1 rows.
 template <int NR, Into kInto>
 FLASH_ATTN_INLINE void tile_rows(Gemm g, int64_t rows, const float* row_scale) {
-  const auto advance = [&](int64_t n) {
-    g.a += n * g.a_row, g.c += n * g.ldc, row_scale += kInto == Into::scale_add ? n : 0, rows -= n;
-  };
   constexpr int MR = full_rows(NR);
-  while (rows >= MR) tile<MR, NR, kInto>(g, row_scale), advance(MR);
-  while (rows >= 4) tile<4, NR, kInto>(g, row_scale), advance(4);
-  if (rows >= 2) tile<2, NR, kInto>(g, row_scale), advance(2);
-  if (rows >= 1) tile<1, NR, kInto>(g, row_scale);
+  while (rows >= MR) tile_step<MR, NR, kInto>(g, rows, row_scale);
+  while (rows >= 4) tile_step<4, NR, kInto>(g, rows, row_scale);
+  if (rows >= 2) tile_step<2, NR, kInto>(g, rows, row_scale);
+  if (rows >= 1) tile_step<1, NR, kInto>(g, rows, row_scale);
 }
 
 /// The same for 1 <= vectors <= kPanelVectors.

@@ -18,7 +18,9 @@ inline constexpr int64_t kTileSize = 512;  // bf16 in a tile
 using bf16 = uint16_t;
 using v32h = uint16_t __attribute__((vector_size(64)));
 
-#if defined(__AMX_BF16__)
+#if defined(FLASH_ATTN_EMULATE_TILES)
+#include "cpu/kernel/tiles_emulated.hpp"
+#else
 struct alignas(64) TileConfig {
   uint8_t palette, start_row, reserved[14];
   uint16_t bytes[16];
@@ -36,8 +38,6 @@ FLASH_ATTN_INLINE void end_tiles() { _tile_release(); }
 #define FLASH_ATTN_TILE_LOAD(tile, from, stride) _tile_loadd(tile, from, stride)
 #define FLASH_ATTN_TILE_STORE(tile, to, stride) _tile_stored(tile, to, stride)
 #define FLASH_ATTN_TILE_MULTIPLY(c, a, b) _tile_dpbf16ps(c, a, b)
-#else
-#include "cpu/kernel/tiles_emulated.hpp"
 #endif
 
 /// Two vectors as 32 bf16, rounded to nearest even.

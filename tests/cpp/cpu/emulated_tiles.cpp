@@ -1,6 +1,7 @@
 // The kernels of src/cpu/isa/amx.cpp over emulated tiles: the same source, for processors with AVX-512 and without AMX.
 #define FLASH_ATTN_ISA emulated_tiles_isa
 #define FLASH_ATTN_WIDTH 16
+#define FLASH_ATTN_EMULATE_TILES
 
 #include "cpu/kernels.hpp"
 
