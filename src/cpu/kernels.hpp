@@ -117,7 +117,8 @@ struct Kernels {
   void (*store_rows)(const RowList& rows, const float* factor, const float* src, int64_t ld);
   /// dots[r] = sum over columns of row r of the list times row r of x (rows, ld).
   void (*dot_rows)(const RowList& rows, const float* x, int64_t ld, float* dots);
-  /// The end of the forward's softmax: factor (rows) = 1 / sum l, lse (rows) = ln 2 m + ln sum l; 0 and -inf where l is 0.
+  /// The end of the forward's softmax: factor (rows) = 1 / sum l, lse (rows) = ln 2 m + ln sum l; 0 and -inf where l is
+  /// 0.
   void (*finish_rows)(int64_t rows, const float* m, const float* l, float* factor, float* lse);
   void (*backward)(const BackwardTask& task);
 };
