@@ -58,7 +58,7 @@ int64_t parse_size(const std::string& text) {
 
 std::string cpu_model() {
   for (const char* name : {"model name", "Model", "cpu model"}) {
-    const std::string model = field("/proc/cpuinfo", name);
+    std::string model = field("/proc/cpuinfo", name);
     if (!model.empty()) return model;
   }
   utsname name{};

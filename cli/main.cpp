@@ -10,7 +10,7 @@
 #include "commands.hpp"
 #include "flash_attn/flash_attn.hpp"
 
-int main(int argc, char** argv) {
+int main(int argc, char** argv) {  // NOLINT(bugprone-exception-escape): only out of memory, before anything is done
   using namespace flash_attn;
   int exit_status = 0;
   CLI::App app{"Exact attention on whatever hardware you have."};

@@ -14,6 +14,7 @@ volatile float g_sink;       // keeps the result alive
 
 // The same two loops per instruction set. They are a macro because a function's target does not reach into templates
 // or lambdas, and a target attribute needs no flags of its own file.
+// NOLINTBEGIN(bugprone-macro-parentheses): types and attributes take none
 #define FA_DEFINE_PROBE(isa, target, width, MULTIPLY_ADD)                                             \
   target double multiply_add_##isa(int64_t rounds) {                                                  \
     using V = float __attribute__((vector_size(4 * width)));                                          \
@@ -40,6 +41,7 @@ volatile float g_sink;       // keeps the result alive
     return sum;                                                                                       \
   }                                                                                                   \
   constexpr Probe k_##isa{multiply_add_##isa, read_##isa};
+// NOLINTEND(bugprone-macro-parentheses)
 
 #define FA_MULTIPLY_THEN_ADD(a, x, y) ((a) * (x) + (y))
 #if defined(__x86_64__)

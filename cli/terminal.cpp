@@ -22,8 +22,8 @@ std::string painted(const std::string& text, Colour colour) {
   return fmt::format("\033[{}m{}\033[0m", kCodes[static_cast<int>(colour)], text);
 }
 
-Table::Table(std::vector<std::string> headings) {
-  for (auto& h : headings) {
+Table::Table(const std::vector<std::string>& headings) {
+  for (const auto& h : headings) {
     right_.push_back(h.starts_with('>'));
     headings_.push_back(right_.back() ? h.substr(1) : h);
   }

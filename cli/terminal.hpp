@@ -29,7 +29,7 @@ class Table {
   };
 
   /// A leading '>' in a heading aligns its column to the right.
-  explicit Table(std::vector<std::string> headings);
+  explicit Table(const std::vector<std::string>& headings);
   void add(std::vector<Cell> row) { rows_.push_back(std::move(row)); }
   void print() const;
 
