@@ -187,7 +187,7 @@ struct Tiles {
     float* s;
     Background& background;
     FLASH_ATTN_INLINE void operator()(int64_t j, vf a, vf b) const {
-      store_parts<2>(reinterpret_cast<bf16*>(s + j), kDepth, a, b);
+      store_probabilities(reinterpret_cast<bf16*>(s + j), kDepth, a, b);
       background.turn();
     }
   };

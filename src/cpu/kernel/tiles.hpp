@@ -65,6 +65,15 @@ FLASH_ATTN_INLINE void store_parts(bf16* to, int64_t distance, vf a, vf b) {
   }
 }
 
+/// p >= 0 in two parts. Cut instead of rounded, the first costs one operation less and the second is as exact.
+FLASH_ATTN_INLINE void store_probabilities(bf16* to, int64_t distance, vf a, vf b) {
+  const vf a0 = as_float(as_int(a) & static_cast<int32_t>(0xffff0000));
+  const vf b0 = as_float(as_int(b) & static_cast<int32_t>(0xffff0000));
+  const v32h part0 = to_bf16_pair(a0, b0), part1 = to_bf16_pair(a - a0, b - b0);
+  std::memcpy(to, &part0, sizeof part0);
+  std::memcpy(to + distance, &part1, sizeof part1);
+}
+
 /// Whether all of x can be split: finite, and zero or far from bf16's denormals, which tiles take for zero.
 template <int kParts>
 FLASH_ATTN_INLINE bool splits(vf x) {
@@ -106,7 +115,8 @@ struct Pairs {
 inline constexpr Pairs kScorePairs[2] = {{1, {{0, 0}}}, {4, {{1, 1}, {1, 0}, {0, 1}, {0, 0}}}};
 inline constexpr Pairs kOutputPairs[2] = {{2, {{1, 0}, {0, 0}}}, {3, {{1, 0}, {0, 1}, {0, 0}}}};
 
-/// C (16 rows_of_tiles, 16 columns) (+)= A (.., 32 steps) . B (32 steps, ..), two columns of tiles after two.
+/// C (+)= A . B: C is one or two tiles high and `columns` tiles wide, A and B are `steps` tiles deep. Two columns of C
+/// after two.
 struct TileSweep {
   const bf16* a;
   int64_t lda, a_step, a_part;  // elements
