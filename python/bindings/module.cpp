@@ -8,6 +8,8 @@
 
 #include <exception>
 #include <string>
+#include <string_view>
+#include <utility>
 
 #include "flash_attn/flash_attn.hpp"
 #include "from_python.hpp"
@@ -172,11 +174,21 @@ PyObject* exception_type(ErrorCode code) {
   return PyExc_RuntimeError;
 }
 
+/// The core names arguments as C++ does; where Python's name is another, its users read theirs.
+std::string in_python_words(std::string message) {
+  static constexpr std::pair<std::string_view, std::string_view> kNames[] = {{"window_left:", "window_size[0]:"},
+                                                                             {"window_right:", "window_size[1]:"}};
+  for (const auto& [core, python] : kNames) {
+    if (message.starts_with(core)) return std::string(python) + message.substr(core.size());
+  }
+  return message;
+}
+
 void translate(const std::exception_ptr& thrown, void*) {
   try {
     std::rethrow_exception(thrown);
   } catch (const Error& e) {
-    PyErr_SetString(exception_type(e.code()), e.what());
+    PyErr_SetString(exception_type(e.code()), in_python_words(e.what()).c_str());
   }
 }
 
