@@ -11,7 +11,8 @@ template <class Call, class Run>
 void run(const Call& call, Run run_on) {
   try {
     const Problem problem = make_problem(call);
-    run_on(choose_or_throw(problem), problem);
+    const Backend& backend = choose_or_throw(problem);
+    if (!problem.writes_nothing()) run_on(backend, problem);
   } catch (const std::bad_alloc&) {
     throw Error(ErrorCode::out_of_memory, "out of memory");
   }

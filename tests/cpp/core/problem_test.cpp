@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 
 #include "core/calls.hpp"
+#include "support/attention_case.hpp"
 
 namespace flash_attn::test {
 namespace {
@@ -173,6 +174,15 @@ TEST(Problem, LengthsOnADeviceAreNotReadButBounded) {
   EXPECT_EQ(p.max_seqlen_k, 6);
   s.max_seqlen_q = -1;
   EXPECT_THROW(make_problem(call), Error);
+}
+
+TEST(Problem, ABatchWithoutRowsMayBeOfAnySize) {
+  for (const char* backend : {"cpu", "reference"}) {
+    AttentionCase c = AttentionCase::fixed(DType::f32, {int64_t{1} << 50, 0, 0, 2, 1, 8, 8});
+    c.run.backend = backend;
+    forward(c.forward_call());  // a loop over the batch would not end
+    backward(c.backward_call());
+  }
 }
 
 }  // namespace
