@@ -21,6 +21,13 @@ struct RowList {
   DType dtype;         // f16, bf16 or f32
 };
 
+/// The softmax of some rows under way. Their output is o / sum l, their log-sum-exp ln 2 m + ln sum l.
+struct SoftmaxSums {
+  float* o;  // (rows, headdim_v padded to the width): sum of p . v
+  float* m;  // (rows): max of s
+  float* l;  // (rows, width): sum of p, by lanes
+};
+
 /// One task of the forward: `rows` queries of one key head against its packed keys [0, keys).
 ///   x = q . k  ->  s = scale x, or softcap tanh(scale x)  ->  ALiBi  ->  mask  ->  p = 2^(s - m)
 /// All scores are in log2 units. q, k and v are packs of the kernel's own making; q carries the sign of the scale.
@@ -117,6 +124,8 @@ struct Kernels {
   void (*store_rows)(const RowList& rows, const float* factor, const float* src, int64_t ld);
   /// dots[r] = sum over columns of row r of the list times row r of x (rows, ld).
   void (*dot_rows)(const RowList& rows, const float* x, int64_t ld, float* dots);
+  /// Adds the sums of the same rows over other keys (Milakov & Gimelshein 2018, eq. 4).
+  void (*merge_rows)(int64_t rows, int64_t headdim_v, const SoftmaxSums& from, const SoftmaxSums& to);
   /// The end of the forward's softmax: factor (rows) = 1 / sum l, lse (rows) = ln 2 m + ln sum l; 0 and -inf where l is
   /// 0.
   void (*finish_rows)(int64_t rows, const float* m, const float* l, float* factor, float* lse);

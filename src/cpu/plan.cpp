@@ -7,62 +7,114 @@
 
 namespace flash_attn::cpu {
 
-// Packed panels of one wave. Large enough that barriers between waves are rare, small enough to stay in an L3.
+// Packs of one wave. Large enough that barriers between waves are rare, small enough to stay in an L3.
 constexpr int64_t kWaveBytes = int64_t{16} << 20;
 // Rows of a task: each packed key is read once per task from L2 or L3, so more rows mean less traffic (8 d bytes a key
 // for 4 d rows FLOPs: 192 rows need 0.7 bytes a cycle); q, o and the statistics of the rows must leave room in L2.
 constexpr int64_t kMaxRows = 192;
 constexpr int64_t kEnoughTasks = 24;
+// Few rows: q and o of all of them, and a chunk of keys, share an L2. A task that owns its keys packs them for its rows
+// alone, and there must be tasks enough. A split costs a write and a read of o: 2 / keys of 4 d FLOPs a row.
+constexpr int64_t kFewRows = 256;
+constexpr int64_t kFewRowsBytes = int64_t{256} << 10;
+constexpr int64_t kChunkBytes = int64_t{512} << 10;
+constexpr int64_t kEnoughOwners = 16;
+// What one thread does in less time than waking others takes, some 10 us.
+constexpr int64_t kSmallFlops = 2'000'000;
 // A split of the backward packs its keys and loads every query that sees them: it must have keys enough to pay for it.
 constexpr int64_t kMinKeysPerSplit = 256;
 constexpr int64_t kPartialBytes = int64_t{64} << 20;
 
+static int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
+
+/// Heads of seqlen_q queries that one task of `rows` rows takes whole; 0: a task has rows of one head only.
+static int64_t heads_of_task(int64_t rows, int64_t seqlen_q) { return seqlen_q * 2 <= rows ? rows / seqlen_q : 0; }
+
+static int64_t tasks_of_head(int64_t rows, int64_t group, int64_t seqlen_q) {
+  const int64_t whole = heads_of_task(rows, seqlen_q);
+  return whole > 0 ? divide_up(group, whole) : group * divide_up(seqlen_q, rows);
+}
+
+static void plan_many_rows(Plan& plan, const Problem& p, const AttendKernel& kernel) {
+  const int64_t heads = p.batch * p.nheads_k, seqlen_q = std::max<int64_t>(p.max_seqlen_q, 1);
+  plan.rows = round_up(std::min(kMaxRows, seqlen_q * p.group()), kernel.group);
+  while (plan.rows > 2 * kernel.group && heads * tasks_of_head(plan.rows, p.group(), seqlen_q) < kEnoughTasks)
+    plan.rows -= kernel.group;
+  if (heads_of_task(plan.rows, seqlen_q) == 0)  // tasks of one head: about the same size each
+    plan.rows = round_up(divide_up(seqlen_q, divide_up(seqlen_q, plan.rows)), kernel.group);
+  plan.pack_keys = round_up(p.max_seqlen_k, kernel.panel);
+}
+
+static void plan_few_rows(Plan& plan, const Problem& p, const AttendKernel& kernel, int64_t most_splits) {
+  const int64_t heads = std::max<int64_t>(p.batch * p.nheads_k, 1);
+  plan.rows = round_up(std::max<int64_t>(p.max_seqlen_q * p.group(), 1), kernel.group);
+  plan.splits = std::clamp<int64_t>(divide_up(kEnoughOwners, heads), 1, most_splits);
+  plan.keys_per_split =
+      round_up(divide_up(p.max_seqlen_k, plan.splits), plan.splits > 1 ? kMinKeysPerSplit : kernel.panel);
+  plan.splits = std::max<int64_t>(1, divide_up(p.max_seqlen_k, std::max<int64_t>(plan.keys_per_split, 1)));
+  const int64_t block_bytes = kernel.k_bytes(kernel.block, p.headdim) + kernel.v_bytes(kernel.block, p.headdim_v);
+  const int64_t chunk = std::max<int64_t>(1, kChunkBytes / std::max<int64_t>(block_bytes, 1)) * kernel.block;
+  plan.pack_keys = std::min(chunk, plan.keys_per_split);
+}
+
+/// Softmax sums of `rows` rows, as laid out by Sums.
+static int64_t sums_bytes(int64_t rows, int64_t headdim_v, int64_t width) {
+  return static_cast<int64_t>(Arena::padded<float>(rows * round_up(headdim_v, width)) +
+                              Arena::padded<float>(rows * width) + Arena::padded<float>(rows));
+}
+
 Plan make_plan(const Problem& p, const AttendKernel& kernel, int64_t width) {
   Plan plan;
-  const int64_t heads = p.batch * p.nheads_k;
-  const int64_t all_rows = p.max_seqlen_q * p.group();
-  plan.rows = std::min(round_up(kMaxRows, kernel.group), round_up(std::max<int64_t>(all_rows, 1), kernel.group));
-  while (plan.rows > 2 * kernel.group && heads * ((all_rows + plan.rows - 1) / plan.rows) < kEnoughTasks)
-    plan.rows -= kernel.group;
+  const int64_t heads = std::max<int64_t>(p.batch * p.nheads_k, 1), all_rows = p.max_seqlen_q * p.group();
+  const int64_t most_splits = std::max<int64_t>(1, p.max_seqlen_k / kMinKeysPerSplit);
+  const double flops =
+      2.0 * static_cast<double>(heads * all_rows) * static_cast<double>(p.max_seqlen_k * (p.headdim + p.headdim_v));
+  plan.own_keys = all_rows <= kFewRows && 4 * all_rows * (p.headdim + p.headdim_v) <= kFewRowsBytes &&
+                  (heads * most_splits >= kEnoughOwners || flops <= kSmallFlops);
+  if (plan.own_keys)
+    plan_few_rows(plan, p, kernel, most_splits);
+  else
+    plan_many_rows(plan, p, kernel);
 
-  plan.keys_padded = round_up(p.max_seqlen_k, kernel.panel);
-  plan.k_bytes = static_cast<int64_t>(Arena::padded<char>(kernel.k_bytes(plan.keys_padded, p.headdim)));
+  plan.k_bytes = static_cast<int64_t>(Arena::padded<char>(kernel.k_bytes(plan.pack_keys, p.headdim)));
   plan.pack_bytes =
-      plan.k_bytes + static_cast<int64_t>(Arena::padded<char>(kernel.v_bytes(plan.keys_padded, p.headdim_v)));
-  plan.heads_per_wave =
-      std::clamp<int64_t>(kWaveBytes / std::max<int64_t>(plan.pack_bytes, 1), 1, std::max<int64_t>(heads, 1));
-  plan.waves = (heads + plan.heads_per_wave - 1) / plan.heads_per_wave;
-
-  plan.workspace_shared =
-      static_cast<int64_t>(Arena::padded<char>(plan.heads_per_wave * plan.pack_bytes) +
-                           Arena::padded<uint8_t>(plan.heads_per_wave * (plan.keys_padded / kernel.panel)));
-  plan.workspace_per_worker = static_cast<int64_t>(
-      Arena::padded<char>(kernel.q_bytes(plan.rows, p.headdim)) +
-      Arena::padded<float>(plan.rows * round_up(p.headdim_v, width)) + Arena::padded<float>(plan.rows * width) +
-      4 * Arena::padded<float>(plan.rows) + 3 * Arena::padded<int64_t>(plan.rows) +
-      2 * Arena::padded<const char*>(plan.rows) + Arena::padded<char>(kernel.scratch));
+      plan.k_bytes + static_cast<int64_t>(Arena::padded<char>(kernel.v_bytes(plan.pack_keys, p.headdim_v)));
+  const auto special_bytes = [&](int64_t packs) {
+    return static_cast<int64_t>(Arena::padded<uint8_t>(packs * (plan.pack_keys / kernel.panel)));
+  };
+  if (plan.own_keys) {
+    plan.workspace_per_worker = plan.pack_bytes + special_bytes(1);
+    if (plan.splits > 1) plan.workspace_shared = heads * plan.splits * sums_bytes(plan.rows, p.headdim_v, width);
+  } else {
+    plan.heads_per_wave = std::clamp<int64_t>(kWaveBytes / std::max<int64_t>(plan.pack_bytes, 1), 1, heads);
+    plan.waves = divide_up(heads, plan.heads_per_wave);
+    plan.workspace_shared = static_cast<int64_t>(Arena::padded<char>(plan.heads_per_wave * plan.pack_bytes)) +
+                            special_bytes(plan.heads_per_wave);
+  }
+  plan.workspace_per_worker +=
+      sums_bytes(plan.rows, p.headdim_v, width) +
+      static_cast<int64_t>(Arena::padded<char>(kernel.q_bytes(plan.rows, p.headdim)) +
+                           Arena::padded<char>(kernel.scratch) + 3 * Arena::padded<float>(plan.rows) +
+                           3 * Arena::padded<int64_t>(plan.rows) + 2 * Arena::padded<const char*>(plan.rows));
   return plan;
 }
 
-std::vector<AttendRange> attend_ranges(const Problem& p, const Plan& plan, int64_t hk, int64_t seqlen_q) {
-  std::vector<AttendRange> ranges;
-  const int64_t first = hk * p.group(), end = first + p.group();
+std::vector<RowRange> attend_ranges(const Plan& plan, int64_t group, int64_t seqlen_q) {
+  std::vector<RowRange> ranges;
   if (seqlen_q <= 0) return ranges;
-  if (seqlen_q * 2 <= plan.rows) {
-    const int64_t heads = plan.rows / seqlen_q;
-    for (int64_t h = first; h < end; h += heads) ranges.push_back({h, std::min(heads, end - h), 0, seqlen_q});
+  if (const int64_t whole = heads_of_task(plan.rows, seqlen_q); whole > 0) {
+    for (int64_t h = 0; h < group; h += whole) ranges.push_back({h * seqlen_q, std::min(whole, group - h) * seqlen_q});
     return ranges;
   }
-  const int64_t last = (seqlen_q - 1) / plan.rows * plan.rows;
-  for (int64_t row = last; row >= 0; row -= plan.rows)
-    for (int64_t h = first; h < end; ++h) ranges.push_back({h, 1, row, std::min(plan.rows, seqlen_q - row)});
+  for (int64_t row = (seqlen_q - 1) / plan.rows * plan.rows; row >= 0; row -= plan.rows)
+    for (int64_t h = 0; h < group; ++h) ranges.push_back({h * seqlen_q + row, std::min(plan.rows, seqlen_q - row)});
   return ranges;
 }
 
 BackwardPlan make_backward_plan(const Problem& p, const Kernels& kernels) {
   BackwardPlan plan;
   const int64_t heads = std::max<int64_t>(p.batch * p.nheads_k, 1);
-  const int64_t wanted = (kEnoughTasks + heads - 1) / heads;
+  const int64_t wanted = divide_up(kEnoughTasks, heads);
   plan.splits = std::clamp<int64_t>(p.max_seqlen_k / kMinKeysPerSplit, 1, wanted);
   plan.keys_per_split = round_up((p.max_seqlen_k + plan.splits - 1) / plan.splits, kernels.panel);
   if (plan.keys_per_split > 0)
@@ -88,12 +140,16 @@ BackwardPlan make_backward_plan(const Problem& p, const Kernels& kernels) {
 static std::string kib(int64_t bytes) { return std::to_string(bytes >> 10) + " KiB"; }
 
 std::string describe(const Plan& plan, const Kernels& k, const AttendKernel& kernel) {
+  const std::string keys = plan.own_keys
+                               ? std::to_string(plan.splits) + (plan.splits == 1 ? " split of " : " splits of ") +
+                                     std::to_string(plan.keys_per_split) + " keys, packed " +
+                                     std::to_string(plan.pack_keys) + " at a time"
+                               : std::to_string(plan.waves) + (plan.waves == 1 ? " wave of " : " waves of ") +
+                                     std::to_string(plan.heads_per_wave) + " packed heads";
   return std::string("isa ") + k.name + ", products in " + kernel.name + ", score tiles of " +
          std::to_string(kernel.group) + " rows x " + std::to_string(kernel.block) + " keys, tasks of " +
-         std::to_string(plan.rows) + " rows, " + std::to_string(plan.waves) +
-         (plan.waves == 1 ? " wave of " : " waves of ") + std::to_string(plan.heads_per_wave) +
-         " packed heads, workspace " + kib(plan.workspace_shared) + " + " + kib(plan.workspace_per_worker) +
-         " a worker";
+         std::to_string(plan.rows) + " rows, " + keys + ", workspace " + kib(plan.workspace_shared) + " + " +
+         kib(plan.workspace_per_worker) + " a worker";
 }
 
 std::string describe(const BackwardPlan& plan, const Kernels& k) {

@@ -1,11 +1,14 @@
 // Plan: how a Problem is cut into tasks. A pure function of (Problem, kernels): never of the number of threads, so
 // that results are bitwise the same for any.
 //
-//   heads (b, hk)  ->  waves of heads whose packed keys and values fit a budget
-//   a wave         ->  pack tasks (chunks of keys), then attend tasks (rows of queries)
+// The rows of a key head are the queries of its heads, one head after the other: row r is query r % seqlen_q of head
+// r / seqlen_q of the group. They share packed keys, in one of two ways:
 //
-// An attend task has up to `rows` rows of one key head: a run of queries of one head, or, where sequences are short,
-// whole sequences of several heads of the group, so that short queries share the packed keys.
+//   many rows   waves of heads whose packs fit a budget: first all keys of a wave are packed, then tasks attend, each
+//               some rows against all keys. A key is packed once and read by several tasks.
+//   few rows    they all fit one task, so a task owns its keys: it packs a chunk of them in its own memory (it stays
+//               in L2), attends, and goes on to the next. Where heads are few, the keys are split among tasks, and the
+//               sums of the splits are merged in their order.
 #pragma once
 
 #include <cstdint>
@@ -18,12 +21,18 @@
 namespace flash_attn::cpu {
 
 struct Plan {
-  int64_t rows = 0;            // of an attend task, a multiple of the kernel's group
-  int64_t keys_padded = 0;     // of the longest sequence, to whole panels
-  int64_t k_bytes = 0;         // of one head's packed keys
-  int64_t pack_bytes = 0;      // of one head: keys and values
+  bool own_keys = false;   // few rows
+  int64_t rows = 0;        // of a task, a multiple of the kernel's group
+  int64_t pack_keys = 0;   // of one pack, whole panels: of the longest sequence, or a chunk
+  int64_t k_bytes = 0;     // of one pack's keys
+  int64_t pack_bytes = 0;  // and of its values too
+  // many rows
   int64_t heads_per_wave = 0;  // packed at once
   int64_t waves = 0;
+  // few rows
+  int64_t splits = 1;
+  int64_t keys_per_split = 0;  // whole panels
+
   int64_t workspace_shared = 0;      // bytes
   int64_t workspace_per_worker = 0;  // bytes
 };
@@ -31,12 +40,13 @@ struct Plan {
 /// `width` is Kernels::width.
 Plan make_plan(const Problem& problem, const AttendKernel& kernel, int64_t width);
 
-/// Rows [row, row + rows) of each of `heads` heads from `head`, of one sequence and one key head.
-struct AttendRange {
-  int64_t head, heads, row, rows;
+/// Rows [first, first + rows) of a key head.
+struct RowRange {
+  int64_t first, rows;
 };
-/// The tasks of key head hk of a sequence with seqlen_q queries: heaviest first under a causal mask (last rows first).
-std::vector<AttendRange> attend_ranges(const Problem& problem, const Plan& plan, int64_t hk, int64_t seqlen_q);
+/// The tasks of a key head with `group` heads of seqlen_q queries, where rows are many: a run of queries of one head,
+/// or whole heads where they are short. Heaviest first under a causal mask (last queries first).
+std::vector<RowRange> attend_ranges(const Plan& plan, int64_t group, int64_t seqlen_q);
 
 /// The backward: tasks are (sequence, key head, split of its keys). Splits are made where heads are few; each costs a
 /// partial dq, so a wave holds as many heads as a budget allows.

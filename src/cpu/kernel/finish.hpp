@@ -1,6 +1,22 @@
-// The end of the softmax, W rows at a time: sums over lanes by a transpose, then 1 / l and m ln 2 + ln l.
+// The end of the softmax: merging the sums of a row over several runs of keys, then, W rows at a time, sums over lanes
+// by a transpose, 1 / l and m ln 2 + ln l.
 
 namespace flash_attn::cpu::FLASH_ATTN_ISA {
+
+/// The sums of the same rows over other keys join those of `to`: m' = max, and o and l of either side are scaled by
+/// 2^(m - m').
+inline void merge_rows(int64_t rows, int64_t headdim_v, const SoftmaxSums& from, const SoftmaxSums& to) {
+  const int64_t ldo = (headdim_v + W - 1) / W * W;
+  for (int64_t r = 0; r < rows; ++r) {
+    const vf here = all(to.m[r]), there = all(from.m[r]);
+    const vf now = max(here, there), base = softmax_base(now);
+    const vf keep = exp2(here - base), add = exp2(there - base);
+    to.m[r] = now[0];
+    store(to.l + r * W, load(to.l + r * W) * keep + load(from.l + r * W) * add);
+    for (float *o = to.o + r * ldo, *x = from.o + r * ldo, *end = o + ldo; o < end; o += W, x += W)
+      store(o, load(o) * keep + load(x) * add);
+  }
+}
 
 using vd = double __attribute__((vector_size(8 * W)));
 

@@ -18,6 +18,7 @@ const Kernels kernels = {
     .load_rows = load_rows,
     .store_rows = store_rows,
     .dot_rows = dot_rows,
+    .merge_rows = merge_rows,
     .finish_rows = finish_rows,
     .backward = backward,
 };

@@ -36,13 +36,14 @@ class Determinism : public ::testing::Test {
     set_parallel_for({});
     set_num_threads(0);
   }
-  // Few heads and long keys: the backward splits keys and reduces partials.
+  // Few heads and long keys: the backward splits keys and reduces partials. With few queries the forward does too.
   const Dims long_keys_{1, 200, 1100, 2, 1, 40, 40};
+  const Dims few_queries_{1, 3, 5000, 2, 1, 40, 40};
   const Dims many_heads_{3, 130, 70, 12, 4, 64, 64};
 };
 
 TEST_F(Determinism, ThreadsDoNotMatter) {
-  for (const Dims& d : {long_keys_, many_heads_}) {
+  for (const Dims& d : {long_keys_, few_queries_, many_heads_}) {
     set_num_threads(1);
     const Results one = run_all(DType::bf16, d);
     for (int n : {2, 3, 7}) {

@@ -6,6 +6,7 @@
 #include "core/problem.hpp"
 #include "cpu/driver.hpp"
 #include "cpu/kernels_under_test.hpp"
+#include "cpu/plan.hpp"
 #include "support/attention_case.hpp"
 #include "support/compare.hpp"
 
@@ -152,6 +153,43 @@ TEST(Cpu, InfAndNanInEachOperand) {
           EXPECT_TRUE(close(got.lse, want.lse, 1e-5, 1e-6));
         }
       }
+    }
+  }
+}
+
+/// Few queries, many keys: the keys are split among tasks and packed in chunks, and sums over splits are merged. With
+/// splits that some or all rows do not see, sequences shorter than a split, and inf and NaN in a split.
+TEST(Cpu, FewQueriesOfManyKeys) {
+  for (uint64_t seed = 1; seed <= 24; ++seed) {
+    Draw draw(seed);
+    Dims d;
+    d.batch = draw.between(1, 2);
+    d.nheads_k = draw.between(1, 2), d.nheads = d.nheads_k * draw.of<int64_t>({1, 4});
+    d.headdim = draw.between(1, 70), d.headdim_v = draw.one_in(3) ? draw.between(1, 70) : d.headdim;
+    d.seqlen_q = draw.between(1, 20), d.seqlen_k = draw.between(4096, 6000);
+    const DType dtype = draw.of({DType::f32, DType::bf16, DType::f16});
+    const std::vector<int32_t> lengths_q(static_cast<std::size_t>(d.batch), static_cast<int32_t>(d.seqlen_q));
+    std::vector<int32_t> lengths_k(lengths_q.size(), static_cast<int32_t>(d.seqlen_k));
+    if (d.batch > 1 && draw.one_in(2)) lengths_k[0] = static_cast<int32_t>(draw.between(0, 600));
+    AttentionCase got = AttentionCase::packed(dtype, lengths_q, lengths_k, d, seed);
+    got.scores.causal = draw.one_in(3);
+    if (draw.one_in(3)) got.scores.window_left = draw.between(0, 2000);
+    if (draw.one_in(4)) got.scores.softcap = 20.0;
+    if (draw.one_in(3)) got.alibi = HostTensor::normal(DType::f32, {d.nheads}, seed + 7, 0.01);
+    if (draw.one_in(3)) got.sink = HostTensor::normal(DType::f32, {d.nheads}, seed + 8);
+    if (draw.one_in(4)) got.v.put(draw.of({INFINITY, NAN}), d.seqlen_k / 2, 0, 0);
+    if (draw.one_in(6)) got.q.put(NAN, 0, 0, 0);
+    AttentionCase want = got;
+    want.run.backend = "reference";
+    forward(want.forward_call());
+    for (const cpu::Kernels* kernels : kernels_under_test()) {
+      SCOPED_TRACE(std::string(kernels->name) + ", seed " + std::to_string(seed));
+      const Problem p = make_problem(got.forward_call());
+      const cpu::Plan plan = cpu::make_plan(p, cpu::attend_kernel(*kernels, dtype), kernels->width);
+      ASSERT_TRUE(plan.own_keys && plan.splits > 1);
+      cpu::forward(p, *kernels);
+      EXPECT_TRUE(close(got.out, want.out, tolerance(dtype), tolerance(dtype)));
+      EXPECT_TRUE(close(got.lse, want.lse, 1e-5, 1e-6));
     }
   }
 }

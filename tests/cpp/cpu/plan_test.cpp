@@ -2,7 +2,7 @@
 
 #include <gtest/gtest.h>
 
-#include <map>
+#include <vector>
 
 #include "cpu/isa.hpp"
 #include "support/attention_case.hpp"
@@ -20,23 +20,42 @@ TEST(Plan, AttendRangesCoverEveryRowOnce) {
       const cpu::AttendKernel& kernel = *k.attend_f32;
       const cpu::Plan plan = cpu::make_plan(p, kernel, k.width);
       EXPECT_EQ(plan.rows % kernel.group, 0);
-      std::map<std::pair<int64_t, int64_t>, int> seen;
-      for (int64_t hk = 0; hk < p.nheads_k; ++hk) {
-        for (const cpu::AttendRange& r : cpu::attend_ranges(p, plan, hk, seqlen_q)) {
-          EXPECT_LE(r.heads * r.rows, plan.rows);
-          EXPECT_TRUE(r.rows == seqlen_q ||
-                      r.row % kernel.group == 0);  // groups of rows are the same for any task size
-          for (int64_t h = r.head; h < r.head + r.heads; ++h)
-            for (int64_t i = r.row; i < r.row + r.rows; ++i) {
-              EXPECT_EQ(h / group, hk);
-              ++seen[{h, i}];
-            }
-        }
+      if (plan.own_keys) {
+        EXPECT_GE(plan.rows, group * seqlen_q);
+        continue;
       }
-      EXPECT_EQ(static_cast<int64_t>(seen.size()), p.nheads * seqlen_q);
-      for (const auto& [row, times] : seen) EXPECT_EQ(times, 1);
+      std::vector<int> seen(static_cast<std::size_t>(group * seqlen_q));
+      for (const cpu::RowRange& r : cpu::attend_ranges(plan, group, seqlen_q)) {
+        EXPECT_LE(r.rows, plan.rows);
+        const int64_t query = r.first % seqlen_q;  // whole heads, or groups of rows that are the same for any task size
+        EXPECT_TRUE(r.rows % seqlen_q == 0 || (query % kernel.group == 0 && query + r.rows <= seqlen_q));
+        for (int64_t i = r.first; i < r.first + r.rows; ++i) ++seen.at(static_cast<std::size_t>(i));
+      }
+      for (const int times : seen) EXPECT_EQ(times, 1);
     }
   }
+}
+
+TEST(Plan, FewRowsOwnTheirKeys) {
+  const cpu::Kernels& k = *cpu::usable_kernels().front();
+  const cpu::AttendKernel& kernel = *k.attend_f32;
+  Problem p;
+  p.batch = 1, p.nheads = 4, p.nheads_k = 1, p.headdim = p.headdim_v = 64;
+  p.max_seqlen_q = 1, p.max_seqlen_k = 8192;
+  const cpu::Plan one = cpu::make_plan(p, kernel, k.width);
+  EXPECT_TRUE(one.own_keys);
+  EXPECT_GE(one.splits, 16);  // one head must do for many workers
+  EXPECT_GE(one.splits * one.keys_per_split, p.max_seqlen_k);
+  EXPECT_LT((one.splits - 1) * one.keys_per_split, p.max_seqlen_k);
+  EXPECT_EQ(one.keys_per_split % kernel.panel, 0);
+  EXPECT_EQ(one.pack_keys % kernel.panel, 0);
+  p.batch = 64;
+  const cpu::Plan many = cpu::make_plan(p, kernel, k.width);
+  EXPECT_EQ(many.splits, 1);
+  EXPECT_EQ(many.workspace_shared, 0);
+  EXPECT_LE(many.workspace_per_worker, int64_t{1} << 21);  // whatever seqlen_k is
+  p.max_seqlen_q = 1000;
+  EXPECT_FALSE(cpu::make_plan(p, kernel, k.width).own_keys);
 }
 
 TEST(Plan, WorkspaceIsLinearInSeqlen) {
