@@ -23,7 +23,7 @@ struct Case {
   int64_t window_left = -1, window_right = -1, chunk = 0;
   double softmax_scale = 0, softcap = 0;
   bool alibi = false, alibi_per_batch = false, sink = false;
-  enum class Bias { none, full, keys } bias = Bias::none;
+  enum class Bias { none, full, heads, keys } bias = Bias::none;  // (b, h, i, j), (1, h, i, j) or (b, 1, 1, j)
   double dropout = 0;
 
   // Around the call

@@ -1,5 +1,6 @@
 #include "instance.hpp"
 
+#include <algorithm>
 #include <cstring>
 #include <numeric>
 #include <random>
@@ -37,8 +38,11 @@ Shapes shapes_of(const Case& c) {
   s.v = rows_k(c.dim_v());
   s.lse = c.packed() ? Shape{c.nheads, s.q[0]} : Shape{batch, c.nheads, c.seqlen_q};
   if (c.alibi) s.alibi = c.alibi_per_batch ? Shape{batch, c.nheads} : Shape{c.nheads};
-  if (c.bias == Case::Bias::full) s.bias = {batch, c.nheads, c.seqlen_q, c.seqlen_k};
-  if (c.bias == Case::Bias::keys) s.bias = {batch, 1, 1, c.seqlen_k};
+  const int64_t rows = c.packed() ? *std::max_element(c.lengths_q.begin(), c.lengths_q.end()) : c.seqlen_q;
+  const int64_t keys = c.lengths_k.empty() ? c.seqlen_k : *std::max_element(c.lengths_k.begin(), c.lengths_k.end());
+  if (c.bias == Case::Bias::full) s.bias = {batch, c.nheads, rows, keys};
+  if (c.bias == Case::Bias::heads) s.bias = {1, c.nheads, rows, keys};
+  if (c.bias == Case::Bias::keys) s.bias = {batch, 1, 1, keys};
   if (c.sink) s.sink = {c.nheads};
   return s;
 }

@@ -38,12 +38,15 @@ struct DropoutRule {
     scale = threshold >= 65536 ? 0.0f : static_cast<float>(65536.0 / (65536.0 - threshold));
   }
   bool active() const { return threshold != 0; }
+  std::array<uint32_t, 2> key() const {
+    return {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32) ^ static_cast<uint32_t>(offset >> 32)};
+  }
 
   /// The eight 16-bit draws of keys [8 * j8, 8 * j8 + 8) of row i of plane bh = b * nheads + h.
   std::array<uint32_t, 4> draw(int64_t bh, int64_t i, int64_t j8) const {
     return philox4x32_10(
         {static_cast<uint32_t>(j8), static_cast<uint32_t>(i), static_cast<uint32_t>(bh), static_cast<uint32_t>(offset)},
-        {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32) ^ static_cast<uint32_t>(offset >> 32)});
+        key());
   }
   bool keep(int64_t bh, int64_t i, int64_t j) const {
     const uint32_t word = draw(bh, i, j / 8)[(j % 8) / 2];

@@ -15,8 +15,6 @@ class CpuBackend final : public Backend {
   std::string refuses(const Problem& p) const override {
     if (!p.device.is_cpu()) return "device: serves CPU tensors only";
     if (p.dtype == DType::f64) return "dtype: float64 is not served (float32, bfloat16 and float16 are)";
-    if (p.scores.bias.present()) return "bias: additive biases are not served";
-    if (p.scores.dropout.p > 0) return "dropout_p: dropout is not served";
     if (p.pass == Pass::backward && p.sequences.cache_batch_idx) return "cache_batch_idx: its backward is not served";
     return {};
   }

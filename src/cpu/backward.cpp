@@ -2,9 +2,11 @@
 // through the query heads of the group one after the other, so nothing is shared while it runs.
 //
 // dq gets a contribution from every split. One split: the task writes dq itself. Several: each fills a partial of its
-// own, and they are summed in the order of the splits. Either way the sums have one order, whatever the threads.
+// own, and they are summed in the order of the splits. dbias is added to where it lies, and tasks that add to the same
+// elements take turns (plan.hpp). Either way the sums have one order, whatever the threads.
 #include <algorithm>
 #include <cmath>
+#include <utility>
 #include <vector>
 
 #include "cpu/arena.hpp"
@@ -23,6 +25,9 @@ struct Scratch {
   float *q, *dout, *dq, *base, *delta, *slope, *tiles;
   int64_t *lo, *hi, *position;
   uint8_t *k_special, *row_special;
+  const char** bias;
+  float** dbias;
+  DropoutRow* dropped;
 
   Scratch(Arena& a, const Problem& p, const BackwardPlan& plan, const Kernels& k) {
     const int64_t keys = plan.keys_per_split, rows = p.max_seqlen_q;
@@ -34,6 +39,7 @@ struct Scratch {
     tiles = a.take<float>(k.backward_scratch);
     lo = a.take<int64_t>(rows), hi = a.take<int64_t>(rows), position = a.take<int64_t>(rows);
     k_special = a.take<uint8_t>(keys / k.panel), row_special = a.take<uint8_t>(rows / k.backward_group + 1);
+    bias = a.take<const char*>(rows), dbias = a.take<float*>(rows), dropped = a.take<DropoutRow>(rows);
   }
 };
 
@@ -126,6 +132,25 @@ struct Task {
   float* dq_partials;  // (splits, group, max_seqlen_q, d) of this key head; nullptr with one split
 };
 
+/// What rows [first, last) of a head see of the keys from `begin` on, and the terms of their scores. Of a row that has
+/// no lse nothing is seen: a bias may hide what the mask does not.
+void place_rows(const Problem& p, const Task& t, int64_t head, int64_t begin, int64_t first, int64_t last,
+                const Scratch& s) {
+  const Sequence& seq = t.sequence;
+  const Operand& bias = p.scores.bias;
+  for (int64_t i = first; i < last; ++i) {
+    const Interval seen = p.scores.mask.row(i, seq.seqlen_q, seq.seqlen_k);
+    s.lo[i] = seen.lo - begin;
+    s.hi[i] = s.base[i] == INFINITY ? s.lo[i] : seen.hi - begin;
+    s.position[i] = i + seq.seqlen_k - seq.seqlen_q - begin;
+    s.slope[i] = static_cast<float>(p.scores.alibi_slope(t.b, head) * kLog2e);
+    s.dropped[i] = {static_cast<uint32_t>(i), static_cast<uint32_t>(t.b * p.nheads + head)};
+    if (bias.present())
+      s.bias[i] = bias.at(t.b, i, head) + begin * bias.stride_col * static_cast<int64_t>(size_of(bias.dtype));
+    if (p.dbias.present()) s.dbias[i] = reinterpret_cast<float*>(p.dbias.at(t.b, i, head)) + begin * p.dbias.stride_col;
+  }
+}
+
 void run(const Problem& p, const Kernels& k, const BackwardPlan& plan, const Task& t, const Scratch& s, double* dsink) {
   const Sequence& seq = t.sequence;
   const int64_t d = round_up(p.headdim, k.width), dv_cols = round_up(p.headdim_v, k.width);
@@ -139,9 +164,6 @@ void run(const Problem& p, const Kernels& k, const BackwardPlan& plan, const Tas
   int64_t first = seq.seqlen_q, last = 0;  // queries that see a key of the split
   for (int64_t i = 0; i < seq.seqlen_q; ++i) {
     const Interval seen = p.scores.mask.row(i, seq.seqlen_q, seq.seqlen_k);
-    s.lo[i] = seen.lo - begin;
-    s.hi[i] = seen.hi - begin;
-    s.position[i] = i + seq.seqlen_k - seq.seqlen_q - begin;
     if (seen.empty() || seen.hi <= begin || seen.lo >= end) continue;
     first = std::min(first, i);
     last = i + 1;
@@ -156,7 +178,7 @@ void run(const Problem& p, const Kernels& k, const BackwardPlan& plan, const Tas
     if (last > first) {
       load_queries(p, k, seq, head, first, last, s);
       if (sinks) dsink[t.b * p.nheads + head] = sink_gradient(p, seq, head, s);
-      std::fill(s.slope + first, s.slope + last, static_cast<float>(p.scores.alibi_slope(t.b, head) * kLog2e));
+      place_rows(p, t, head, begin, first, last, s);
       k.backward({
           .rows = last - first,
           .headdim = p.headdim,
@@ -177,6 +199,10 @@ void run(const Problem& p, const Kernels& k, const BackwardPlan& plan, const Tas
           .softcap_log2 = scale.softcap_log2,
           .slope_log2 = p.scores.alibi ? s.slope + first : nullptr,
           .position = s.position + first,
+          .bias = bias_rows(p.scores, s.bias + first, last - first, begin),
+          .dropout = dropout_task(p.scores.dropout, s.dropped + first, begin),
+          .dbias = p.dbias.present() ? s.dbias + first : nullptr,
+          .dbias_stride = p.dbias.stride_col,
           .dq = dq + first * d,
           .dk = s.dk,
           .dv = s.dv,
@@ -204,12 +230,35 @@ void reduce_dq(const Problem& p, const Kernels& k, const BackwardPlan& plan, con
   store_dq(p, k, t.sequence, t.hk * p.group() + g, sum);
 }
 
+void clear_dbias(const Problem& p, int workers) {
+  const int64_t* shape = p.scores.bias_shape;
+  parallel_for(shape[0] * shape[1], workers, [&](int64_t i, int) {
+    Operand plane = p.dbias;
+    plane.data = plane.at(i / shape[1], 0, i % shape[1]);
+    clear(plane, 1, shape[2], 1, shape[3]);
+  });
+}
+
+/// Tasks that must take turns, in their order; mostly one each.
+std::vector<std::vector<Task>> turns(const Problem& p, const std::vector<Task>& tasks) {
+  const auto place = [&](const Task& t) { return std::pair(dbias_owner(p, t.b, t.hk), t.split); };
+  std::vector<Task> sorted = tasks;
+  std::stable_sort(sorted.begin(), sorted.end(), [&](const Task& a, const Task& b) { return place(a) < place(b); });
+  std::vector<std::vector<Task>> all;
+  for (const Task& t : sorted) {
+    if (all.empty() || place(all.back().back()) != place(t)) all.emplace_back();
+    all.back().push_back(t);
+  }
+  return all;
+}
+
 }  // namespace
 
 void backward(const Problem& p, const Kernels& k) {
   clear_if_uncovered(p);
   const BackwardPlan plan = make_backward_plan(p, k);
   const int workers = max_workers();
+  if (p.dbias.present()) clear_dbias(p, workers);
   Arena arena(static_cast<std::size_t>(plan.workspace_shared + workers * plan.workspace_per_worker));
   const int64_t partial = plan.splits * p.group() * p.max_seqlen_q * round_up(p.headdim, k.width);  // of a key head
   float* const partials = plan.splits > 1 ? arena.take<float>(plan.heads_per_wave * partial) : nullptr;
@@ -228,9 +277,10 @@ void backward(const Problem& p, const Kernels& k) {
         tasks.push_back(
             {i / p.nheads_k, i % p.nheads_k, split, s, partials ? partials + (i - first) * partial : nullptr});
     }
-    parallel_for(static_cast<int64_t>(tasks.size()), workers, [&](int64_t i, int worker) {
-      run(p, k, plan, tasks[static_cast<std::size_t>(i)], scratch[static_cast<std::size_t>(worker)],
-          dsink.empty() ? nullptr : dsink.data());
+    const auto turn = turns(p, tasks);
+    parallel_for(static_cast<int64_t>(turn.size()), workers, [&](int64_t i, int worker) {
+      for (const Task& t : turn[static_cast<std::size_t>(i)])
+        run(p, k, plan, t, scratch[static_cast<std::size_t>(worker)], dsink.empty() ? nullptr : dsink.data());
     });
     if (!partials) continue;
     const int64_t heads = static_cast<int64_t>(tasks.size()) / plan.splits;

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "core/dropout.hpp"
 #include "core/half.hpp"
 
 namespace flash_attn::cpu {
@@ -34,6 +35,21 @@ ScoreScale score_scale(const ScorePipeline& s) {
   return {s.scale < 0 ? -1.0f : 1.0f, static_cast<float>(scale), softcap_log2};
 }
 
+DropoutTask dropout_task(const Dropout& dropout, const DropoutRow* rows, int64_t first_key) {
+  const DropoutRule rule(dropout);
+  return {.threshold = static_cast<int32_t>(rule.threshold),
+          .scale = rule.scale,
+          .key = {rule.key()[0], rule.key()[1]},
+          .offset = static_cast<uint32_t>(rule.offset),
+          .first_key = first_key,
+          .rows = rows};
+}
+
+RowList bias_rows(const ScorePipeline& s, const char* const* rows, int64_t n, int64_t first_key) {
+  if (!s.bias.present()) return {};
+  return {rows, n, s.bias_shape[3] - first_key, s.bias.stride_col, s.bias.dtype};
+}
+
 const AttendKernel& attend_kernel(const Kernels& k, DType dtype) {
   return *(dtype == DType::f32 ? k.attend_f32 : dtype == DType::bf16 ? k.attend_bf16 : k.attend_f16);
 }
@@ -48,8 +64,7 @@ double sink_logit(const ScorePipeline& s, int64_t head) {
   }
 }
 
-/// batches x rows x heads rows of `cols` elements, all bits zero.
-static void clear(const Operand& x, int64_t batches, int64_t rows, int64_t heads, int64_t cols) {
+void clear(const Operand& x, int64_t batches, int64_t rows, int64_t heads, int64_t cols) {
   const auto size = static_cast<int64_t>(size_of(x.dtype));
   for (int64_t b = 0; b < batches; ++b)
     for (int64_t r = 0; r < rows; ++r)

@@ -25,11 +25,20 @@ struct ScoreScale {
 };
 ScoreScale score_scale(const ScorePipeline& scores);
 
+/// Dropout of a task whose rows are `rows` and whose key 0 is key first_key of its sequence.
+DropoutTask dropout_task(const Dropout& dropout, const DropoutRow* rows, int64_t first_key);
+
+/// The bias of a task whose rows begin at `rows`, for that key. Absent: no rows.
+RowList bias_rows(const ScorePipeline& scores, const char* const* rows, int64_t n, int64_t first_key);
+
 /// The forward kernel for a dtype.
 const AttendKernel& attend_kernel(const Kernels& kernels, DType dtype);
 
 /// The sink of a head as a logit (natural log units).
 double sink_logit(const ScorePipeline& s, int64_t head);
+
+/// batches x rows x heads rows of `cols` elements, all bits zero.
+void clear(const Operand& x, int64_t batches, int64_t rows, int64_t heads, int64_t cols);
 
 /// Rows that no task writes (they belong to no sequence, or theirs has no queries or no keys): before the tasks, the
 /// outputs are cleared as a whole if there are any. out, dq, dk, dv: 0; lse: what a row that sees nothing has.

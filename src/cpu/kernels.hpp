@@ -18,7 +18,19 @@ struct RowList {
   int64_t rows;
   int64_t cols;
   int64_t stride_col;  // in elements
-  DType dtype;         // f16, bf16 or f32
+  DType dtype;         // f16, bf16 or f32; a bias may be f64
+};
+
+/// What dropout does to the rows of a task, as core/dropout.hpp means it.
+struct DropoutRow {
+  uint32_t row, plane;  // the query's index in its sequence, batch entry * nheads + head
+};
+struct DropoutTask {
+  int32_t threshold;  // draws below it drop; 0: off
+  float scale;        // of what is kept
+  uint32_t key[2], offset;
+  int64_t first_key;       // of the task, in its sequence: a multiple of 8, as one counter gives eight draws
+  const DropoutRow* rows;  // (rows)
 };
 
 /// The softmax of some rows under way. Their output is o / sum l, their log-sum-exp ln 2 m + ln sum l.
@@ -29,7 +41,7 @@ struct SoftmaxSums {
 };
 
 /// One task of the forward: `rows` queries of one key head against its packed keys [0, keys).
-///   x = q . k  ->  s = scale x, or softcap tanh(scale x)  ->  ALiBi  ->  mask  ->  p = 2^(s - m)
+///   x = q . k  ->  s = scale x, or softcap tanh(scale x)  ->  ALiBi  ->  bias  ->  mask  ->  p = 2^(s - m)  -> dropout
 /// All scores are in log2 units. q, k and v are packs of the kernel's own making; q carries the sign of the scale.
 struct AttendTask {
   int64_t rows, headdim, headdim_v;
@@ -42,6 +54,8 @@ struct AttendTask {
   float softcap_log2;        // softcap * log2(e); 0: off
   const float* slope_log2;   // (rows): ALiBi slope * log2(e); nullptr: off
   const int64_t* position;   // (rows): the key position that the row stands at
+  RowList bias;              // (rows, keys that have one), in natural units; row nullptr: off
+  DropoutTask dropout;       // of the p that multiply v, not of l; its scale is left to the driver
   float* o;                  // (rows padded to groups, headdim_v padded to the width): sum of p . v
   float* m;                  // (rows): max of s
   float* l;                  // (rows, width): sum of p, by lanes
@@ -80,8 +94,9 @@ struct AttendKernel {
 // P = Kernels::panel. Rows are padded with zeros to a multiple of P, columns of strips to a multiple of the width.
 
 /// One task of the backward: `rows` queries of one head against packed keys [0, keys). With x and s as above,
-///   p = 2^(s - base),  u = dout . v - delta,  dx = p u  (times 1 - tanh(scale x)^2 with softcap)
-///   dv += p^T dout     dk += dx^T q           dq += dx k
+///   p = 2^(s - base),  z = 0 where dropout drops, else its scale,  u = z (dout . v) - delta
+///   dv += (z p)^T dout     dbias += p u     dx = p u (times 1 - tanh(scale x)^2 with softcap)
+///   dk += dx^T q           dq += dx k
 /// The driver multiplies dk and dq by the softmax scale when it writes them.
 struct BackwardTask {
   int64_t rows, headdim, headdim_v;
@@ -99,10 +114,14 @@ struct BackwardTask {
   float scale, softcap_log2;   // as above
   const float* slope_log2;
   const int64_t* position;
-  float* dq;       // (rows, headdim padded): added to
-  float* dk;       // (keys, headdim padded): added to
-  float* dv;       // (keys, headdim_v padded): added to
-  float* scratch;  // backward_scratch floats
+  RowList bias;
+  DropoutTask dropout;
+  float* const* dbias;   // (rows): where the gradient of key 0 is; several rows may have one place; nullptr: not wanted
+  int64_t dbias_stride;  // of the keys
+  float* dq;             // (rows, headdim padded): added to
+  float* dk;             // (keys, headdim padded): added to
+  float* dv;             // (keys, headdim_v padded): added to
+  float* scratch;        // backward_scratch floats
 };
 
 struct Kernels {

@@ -95,7 +95,8 @@ Plan make_plan(const Problem& p, const AttendKernel& kernel, int64_t width) {
       sums_bytes(plan.rows, p.headdim_v, width) +
       static_cast<int64_t>(Arena::padded<char>(kernel.q_bytes(plan.rows, p.headdim)) +
                            Arena::padded<char>(kernel.scratch) + 3 * Arena::padded<float>(plan.rows) +
-                           3 * Arena::padded<int64_t>(plan.rows) + 2 * Arena::padded<const char*>(plan.rows));
+                           3 * Arena::padded<int64_t>(plan.rows) + 3 * Arena::padded<const char*>(plan.rows) +
+                           Arena::padded<DropoutRow>(plan.rows));
   return plan;
 }
 
@@ -111,10 +112,22 @@ std::vector<RowRange> attend_ranges(const Plan& plan, int64_t group, int64_t seq
   return ranges;
 }
 
+static bool sums_over(const Problem& p, int dim, int64_t extent) {
+  return p.dbias.present() && p.scores.bias_shape[dim] < extent;
+}
+
+int64_t dbias_owner(const Problem& p, int64_t b, int64_t hk) {
+  return (sums_over(p, 0, p.batch) ? 0 : b) * p.nheads_k + (sums_over(p, 1, p.nheads) ? 0 : hk);
+}
+
+static int64_t dbias_owners(const Problem& p) {
+  return (sums_over(p, 0, p.batch) ? 1 : p.batch) * (sums_over(p, 1, p.nheads) ? 1 : p.nheads_k);
+}
+
 BackwardPlan make_backward_plan(const Problem& p, const Kernels& kernels) {
   BackwardPlan plan;
   const int64_t heads = std::max<int64_t>(p.batch * p.nheads_k, 1);
-  const int64_t wanted = divide_up(kEnoughTasks, heads);
+  const int64_t wanted = divide_up(kEnoughTasks, std::max<int64_t>(dbias_owners(p), 1));
   plan.splits = std::clamp<int64_t>(p.max_seqlen_k / kMinKeysPerSplit, 1, wanted);
   plan.keys_per_split = round_up((p.max_seqlen_k + plan.splits - 1) / plan.splits, kernels.panel);
   if (plan.keys_per_split > 0)
@@ -134,6 +147,8 @@ BackwardPlan make_backward_plan(const Problem& p, const Kernels& kernels) {
       2 * floats(rows * d) + floats(rows * dv) + 3 * floats(rows) + floats(kernels.backward_scratch) +
       static_cast<int64_t>(3 * Arena::padded<int64_t>(rows) + Arena::padded<uint8_t>(keys / kernels.panel) +
                            Arena::padded<uint8_t>(rows / kernels.backward_group + 1));
+  plan.workspace_per_worker += static_cast<int64_t>(Arena::padded<const char*>(rows) + Arena::padded<float*>(rows) +
+                                                    Arena::padded<DropoutRow>(rows));
   return plan;
 }
 

@@ -50,6 +50,9 @@ std::vector<RowRange> attend_ranges(const Plan& plan, int64_t group, int64_t seq
 
 /// The backward: tasks are (sequence, key head, split of its keys). Splits are made where heads are few; each costs a
 /// partial dq, so a wave holds as many heads as a budget allows.
+///
+/// A dbias that is broadcast over sequences or heads has a sum over these. Tasks of one split whose sums meet have the
+/// same owner and run one after the other, so that sums need no memory and have one order.
 struct BackwardPlan {
   int64_t splits = 1;
   int64_t keys_per_split = 0;  // whole panels
@@ -59,6 +62,9 @@ struct BackwardPlan {
 };
 
 BackwardPlan make_backward_plan(const Problem& problem, const Kernels& kernels);
+
+/// Whose elements of dbias key head hk of sequence b adds to. Without such sums, every head has its own.
+int64_t dbias_owner(const Problem& problem, int64_t b, int64_t hk);
 
 std::string describe(const Plan& plan, const Kernels& kernels, const AttendKernel& kernel);
 std::string describe(const BackwardPlan& plan, const Kernels& kernels);

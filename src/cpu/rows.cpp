@@ -44,7 +44,9 @@ Rows::Rows(Arena& arena, const Forward& f)
       hi_(arena.take<int64_t>(f.plan.rows)),
       position_(arena.take<int64_t>(f.plan.rows)),
       q_rows_(arena.take<const char*>(f.plan.rows)),
-      out_rows_(arena.take<const char*>(f.plan.rows)) {}
+      out_rows_(arena.take<const char*>(f.plan.rows)),
+      bias_(arena.take<const char*>(f.plan.rows)),
+      dropped_(arena.take<DropoutRow>(f.plan.rows)) {}
 
 void Rows::find(const Forward& f, const Head& head, const RowRange& range) {
   const Problem& p = f.p;
@@ -59,6 +61,8 @@ void Rows::find(const Forward& f, const Head& head, const RowRange& range) {
     hi_[r] = seen.hi;
     position_[r] = i + seq.seqlen_k - seq.seqlen_q;
     slope_[r] = static_cast<float>(p.scores.alibi_slope(b, h) * kLog2e);
+    dropped_[r] = {static_cast<uint32_t>(i), static_cast<uint32_t>(b * p.nheads + h)};
+    if (p.scores.bias.present()) bias_[r] = p.scores.bias.at(b, i, h);
     q_rows_[r] = p.q.at(seq.q_batch, seq.q_row + i, h);
     out_rows_[r] = p.out.at(seq.q_batch, seq.q_row + i, h);
   }
@@ -83,7 +87,12 @@ void Rows::attend(const Forward& f, const SoftmaxSums& sums, const Pack& keys) {
   const ScoreScale scale = score_scale(f.p.scores);
   const int64_t shift = origin_ - keys.begin;
   origin_ = keys.begin;
-  for (int64_t r = 0; shift != 0 && r < count_; ++r) lo_[r] += shift, hi_[r] += shift, position_[r] += shift;
+  const Operand& bias = f.p.scores.bias;
+  const int64_t bias_shift = shift * bias.stride_col * static_cast<int64_t>(size_of(bias.dtype));
+  for (int64_t r = 0; shift != 0 && r < count_; ++r) {
+    lo_[r] += shift, hi_[r] += shift, position_[r] += shift;
+    if (bias.present()) bias_[r] -= bias_shift;
+  }
   f.kernel.attend({
       .rows = count_,
       .headdim = f.p.headdim,
@@ -99,6 +108,8 @@ void Rows::attend(const Forward& f, const SoftmaxSums& sums, const Pack& keys) {
       .softcap_log2 = scale.softcap_log2,
       .slope_log2 = f.p.scores.alibi ? slope_ : nullptr,
       .position = position_,
+      .bias = bias_rows(f.p.scores, bias_, count_, origin_),
+      .dropout = dropout_task(f.p.scores.dropout, dropped_, origin_),
       .o = sums.o,
       .m = sums.m,
       .l = sums.l,
@@ -119,11 +130,13 @@ void Rows::finish(const Forward& f, const Head& head, const RowRange& range, con
   const Problem& p = f.p;
   const Sequence& seq = head.sequence;
   f.k.finish_rows(count_, sums.m, sums.l, factor_, lse_);
+  const float keep_scale = dropout_task(p.scores.dropout, dropped_, 0).scale;
   const int64_t first_head = head.index % p.nheads_k * p.group();
   int64_t h = first_head + range.first / seq.seqlen_q, i = range.first % seq.seqlen_q;
   for (int64_t r = 0; r < count_; ++r, ++i) {
     if (i == seq.seqlen_q) i = 0, ++h;
     if (p.scores.sink.present()) add_sink(sink_logit(p.scores, h), factor_[r], lse_[r]);
+    factor_[r] *= keep_scale;
     if (p.lse.present())
       *reinterpret_cast<float*>(p.lse.at(seq.q_batch, seq.q_row + i, h)) =
           lse_[r] == -INFINITY ? p.empty_lse() : lse_[r];

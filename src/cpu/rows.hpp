@@ -56,8 +56,9 @@ class Rows {
  private:
   char *q_, *tiles_;
   float *slope_, *factor_, *lse_;
-  int64_t *lo_, *hi_, *position_;  // counted from key origin_
-  const char **q_rows_, **out_rows_;
+  int64_t *lo_, *hi_, *position_;              // counted from key origin_
+  const char **q_rows_, **out_rows_, **bias_;  // bias_: of key origin_
+  DropoutRow* dropped_;
   int64_t origin_ = 0, count_ = 0;
 };
 

@@ -20,6 +20,7 @@ inline constexpr int W = FLASH_ATTN_WIDTH;
 using vf = float __attribute__((vector_size(4 * W)));
 using vi = int32_t __attribute__((vector_size(4 * W)));
 using vh = uint16_t __attribute__((vector_size(2 * W)));  // W 16-bit floats
+using vq = uint64_t __attribute__((vector_size(4 * W)));  // W / 2 lanes
 
 FLASH_ATTN_INLINE vf load(const float* p) {
   vf x;
@@ -38,6 +39,29 @@ FLASH_ATTN_INLINE vf iota() {
 /// a > b ? a : b, so a NaN in b survives and one in a is lost (the semantics of MAXPS).
 FLASH_ATTN_INLINE vf max(vf a, vf b) { return a > b ? a : b; }
 FLASH_ATTN_INLINE vf abs(vf x) { return as_float(as_int(x) & 0x7fffffff); }
+
+/// Products of the low 32 bits of each lane, in 64.
+FLASH_ATTN_INLINE vq multiply_low(vq a, vq b) {
+#if !defined(__x86_64__)
+  return (a & 0xffffffff) * (b & 0xffffffff);
+#elif FLASH_ATTN_WIDTH == 16
+  return reinterpret_cast<vq>(_mm512_mul_epu32(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
+#elif FLASH_ATTN_WIDTH == 8
+  return reinterpret_cast<vq>(_mm256_mul_epu32(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b)));
+#else
+  return reinterpret_cast<vq>(_mm_mul_epu32(reinterpret_cast<__m128i>(a), reinterpret_cast<__m128i>(b)));
+#endif
+}
+
+/// x where a >= least, else 0; 1 <= least <= 65536.
+FLASH_ATTN_INLINE vf where_at_least(vh a, int32_t least, vf x) {
+#if FLASH_ATTN_WIDTH == 16
+  const __m256i below = _mm256_set1_epi16(static_cast<int16_t>(least - 1));
+  return _mm512_maskz_mov_ps(_mm256_cmpgt_epu16_mask(reinterpret_cast<__m256i>(a), below), x);
+#else
+  return __builtin_convertvector(a, vi) >= least ? x : vf{};
+#endif
+}
 
 FLASH_ATTN_INLINE float sum_lanes(vf x) {
   float lanes[W];
@@ -158,8 +182,22 @@ FLASH_ATTN_INLINE vh to_f16(vf x) {
 }
 #endif
 
+/// W doubles in fp32, zeros beyond n. A finite number stays finite.
+FLASH_ATTN_INLINE vf load_doubles(const char* p, int64_t stride, int64_t n) {
+  constexpr double kMost = __FLT_MAX__;
+  float lanes[W] = {};
+  for (int64_t i = 0; i < n && i < W; ++i) {
+    double x;
+    std::memcpy(&x, p + i * stride * 8, sizeof x);
+    const bool beyond = __builtin_isfinite(x) && __builtin_fabs(x) > kMost;
+    lanes[i] = static_cast<float>(beyond ? __builtin_copysign(kMost, x) : x);
+  }
+  return load(lanes);
+}
+
 /// cols values of a row of `dtype` to fp32 and back; the last vector is cut, never read or written past the row.
 FLASH_ATTN_INLINE vf load_as_float(const char* p, DType dtype, int64_t stride, int64_t n) {
+  if (dtype == DType::f64) return load_doubles(p, stride, n);
   const int64_t size = dtype == DType::f32 ? 4 : 2;
   alignas(64) char buffer[4 * W] = {};
   if (n < W || stride != 1) {

@@ -1,4 +1,4 @@
-"""Dropout, where a backend serves it (the oracle does): reproducible, unbiased, the same in backward as in forward."""
+"""Dropout: reproducible, unbiased, the same in backward as in forward, and on every backend."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from flash_attn import backend, flash_attn_func, flash_attn_varlen_func
 from flash_attn import flash_attn_interface as interface
 
 
-@pytest.fixture(autouse=True)
-def _on_the_oracle():
-    with backend("reference"):
+@pytest.fixture(autouse=True, params=["cpu", "reference"])
+def _on_each_backend(request):
+    with backend(request.param):
         yield
 
 
@@ -52,6 +52,15 @@ def test_backward_drops_what_forward_dropped(packed):
     dout = torch.randn_like(out)
     (dv,) = torch.autograd.grad(out, v, dout)
     torch.testing.assert_close((dout * out).sum(), (dv * v).sum(), rtol=1e-4, atol=1e-4)
+
+
+def test_a_seed_drops_the_same_on_every_backend():
+    q, k, v = inputs()
+    torch.manual_seed(5)
+    out = flash_attn_func(q, k, v, dropout_p=0.3, causal=True)
+    with backend("reference"):
+        torch.manual_seed(5)
+        torch.testing.assert_close(flash_attn_func(q, k, v, dropout_p=0.3, causal=True), out)
 
 
 def test_everything_dropped_needs_p_of_one():

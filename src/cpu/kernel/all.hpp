@@ -10,6 +10,8 @@
 #include "cpu/kernel/scores.hpp"
 #include "cpu/kernel/softmax.hpp"
 
+#include "cpu/kernel/dropout.hpp"
+
 #include "cpu/kernel/finish.hpp"
 
 #include "cpu/kernel/attend.hpp"

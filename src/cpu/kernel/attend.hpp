@@ -21,7 +21,9 @@ struct InPlace {
   void operator()(int64_t j, vf p) const { store(s + j, p); }
 };
 
-inline void attend(const AttendTask& t) {
+/// Compiled twice, so that dropout costs nothing where there is none.
+template <bool kDrops>
+__attribute__((noinline)) void attend(const AttendTask& t) {
   const int64_t ldo = (t.headdim_v + W - 1) / W * W;
   constexpr int64_t lds = kBlock + W;  // off the power of two: rows must not share L1 sets
   const auto *q = reinterpret_cast<const float*>(t.q), *k_panels = reinterpret_cast<const float*>(t.k),
@@ -41,7 +43,8 @@ inline void attend(const AttendTask& t) {
       for (int64_t r = 0; r < rows; ++r) scale = score_row(t, r0 + r, s + r * lds, first, n, partial);
       raise_maxima(s, lds, rows, n, scale, t.m + r0, base, row_scale);
       for (int64_t r = 0; r < rows; ++r)
-        exponentials(s + r * lds, n, scale, base[r], row_scale[r], t.l + (r0 + r) * W, InPlace{s + r * lds});
+        exponentials_kept<kDrops, kBlock>(t.dropout, r0 + r, first, s + r * lds, n, scale, base[r], row_scale[r],
+                                          t.l + (r0 + r) * W, InPlace{s + r * lds});
 
       const Gemm g{s, lds, 1, nullptr, 0, t.o + r0 * ldo, ldo, n};
       if (!(partial && any_special(t.v_special, first, last))) {
@@ -56,6 +59,8 @@ inline void attend(const AttendTask& t) {
     }
   }
 }
+
+inline void attend_any(const AttendTask& t) { t.dropout.threshold == 0 ? attend<false>(t) : attend<true>(t); }
 
 inline int64_t attend_q_bytes(int64_t rows, int64_t headdim) { return rows * headdim * 4; }
 inline int64_t attend_k_bytes(int64_t keys, int64_t headdim) { return keys * headdim * 4; }
@@ -83,7 +88,7 @@ inline constexpr AttendKernel kAttendFp32 = {
     .pack_q = attend_pack_q,
     .pack_k = attend_pack_k,
     .pack_v = attend_pack_v,
-    .attend = attend,
+    .attend = attend_any,
     .plain_only = false,
 };
 

@@ -194,7 +194,8 @@ struct Tiles {
 
   /// Three stages in a pipeline: while the vector units take the exponentials of one item, the tile unit multiplies p
   /// of the item before and q of the item after. Items are finished in order, so sums have one order.
-  static void attend(const AttendTask& t) {
+  template <bool kDrops>
+  __attribute__((noinline)) static void attend(const AttendTask& t) {
     float* const memory = reinterpret_cast<float*>(t.scratch);
     Buffer buffers[2] = {{memory, {}, {}}, {memory + kTileGroup * lds, {}, {}}};
     begin_tiles();
@@ -221,8 +222,9 @@ struct Tiles {
         background.units += background.after.units();
       }
       for (int64_t r = 0; r < now.rows; ++r)
-        exponentials(mine.s + r * lds, now.n, scale, mine.base[r], mine.rescale[r], t.l + (now.r0 + r) * W,
-                     InPlace{mine.s + r * lds, background});
+        exponentials_kept<kDrops, kTileBlock>(t.dropout, now.r0 + r, now.first, mine.s + r * lds, now.n, scale,
+                                              mine.base[r], mine.rescale[r], t.l + (now.r0 + r) * W,
+                                              InPlace{mine.s + r * lds, background});
       background.finish();
       before = now, now = after;
       if (now.rows == 0) background.stream.start(output(t, before, mine));
@@ -230,6 +232,8 @@ struct Tiles {
     background.finish();
     end_tiles();
   }
+
+  static void attend_any(const AttendTask& t) { t.dropout.threshold == 0 ? attend<false>(t) : attend<true>(t); }
 
   static constexpr AttendKernel kernel(const char* name) {
     return {.name = name,
@@ -243,7 +247,7 @@ struct Tiles {
             .pack_q = pack_q,
             .pack_k = pack_k,
             .pack_v = pack_v,
-            .attend = attend,
+            .attend = attend_any,
             .plain_only = true};
   }
 };

@@ -4,7 +4,7 @@
 
 namespace flash_attn::cpu::FLASH_ATTN_ISA {
 
-FLASH_ATTN_INLINE int64_t bytes_of(DType t) { return t == DType::f32 ? 4 : 2; }
+FLASH_ATTN_INLINE int64_t bytes_of(DType t) { return t == DType::f64 ? 8 : t == DType::f32 ? 4 : 2; }
 
 /// Columns [c, c + W) of row r in fp32, zeros beyond the row. One loader per memory layout, chosen once per list.
 struct AnyLoader {
@@ -27,7 +27,7 @@ struct RunLoader {
 };
 template <class Body>
 FLASH_ATTN_INLINE auto with_loader(const RowList& rows, const Body& body) {
-  if (rows.stride_col != 1) return body(AnyLoader{});
+  if (rows.stride_col != 1 || rows.dtype == DType::f64) return body(AnyLoader{});
   if (rows.dtype == DType::f32) return body(RunLoader<DType::f32>{});
   if (rows.dtype == DType::bf16) return body(RunLoader<DType::bf16>{});
   return body(RunLoader<DType::f16>{});

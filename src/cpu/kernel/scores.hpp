@@ -1,4 +1,4 @@
-// From raw products to scores, in place, for one row: softcap, ALiBi, mask. Shared by forward and backward.
+// From raw products to scores, in place, for one row: softcap, ALiBi, bias, mask. Shared by forward and backward.
 
 namespace flash_attn::cpu::FLASH_ATTN_ISA {
 
@@ -16,6 +16,29 @@ FLASH_ATTN_INLINE void alibi_row(float* s, int64_t n, float scale, float slope_l
     store(s + j, load(s + j) * scale - abs(static_cast<float>(distance_to_first - j) - lanes) * slope_log2);
 }
 
+/// b log2(e). A finite b stays finite: masks are often the lowest finite number, and -inf would hide what they do not.
+FLASH_ATTN_INLINE vf bias_log2(vf b) {
+  const vf x = b * 1.44269504f, most = all(__FLT_MAX__);
+  const vf not_above = x > most ? most : x, bounded = not_above < -most ? -most : not_above;
+  return abs(b) == all(kInfinity) ? b : bounded;
+}
+
+/// scale s + bias; its row r has a value for keys [0, bias.cols), and there is nothing to read beyond.
+__attribute__((noinline)) inline void bias_row(float* s, int64_t n, float scale, const RowList& bias, int64_t r,
+                                               int64_t first) {
+  with_loader(bias, [&](const auto& load_columns) {
+    for (int64_t j = 0; j < n; j += W) store(s + j, load(s + j) * scale + bias_log2(load_columns(bias, r, first + j)));
+  });
+}
+
+/// What row r of a task adds to scale s, s[0, n) being of keys [first, first + n). Returns the scale left to apply.
+template <class Task>
+FLASH_ATTN_INLINE float add_terms(const Task& t, int64_t r, float* s, int64_t first, int64_t n, float scale) {
+  if (t.slope_log2) alibi_row(s, n, scale, t.slope_log2[r], t.position[r] - first), scale = 1.0f;
+  if (t.bias.row) bias_row(s, n, scale, t.bias, r, first), scale = 1.0f;
+  return scale;
+}
+
 /// Columns outside [lo, hi) become `value`; lo and hi count from the row's first column and may lie outside [0, n).
 FLASH_ATTN_INLINE void fill_outside(float* s, int64_t n, int64_t lo, int64_t hi, float value) {
   if (lo > n) lo = n;
@@ -28,7 +51,7 @@ FLASH_ATTN_INLINE void fill_outside(float* s, int64_t n, int64_t lo, int64_t hi,
 FLASH_ATTN_INLINE float score_row(const AttendTask& t, int64_t r, float* s, int64_t first, int64_t n, bool partial) {
   float scale = t.scale;
   if (t.softcap_log2 != 0.0f) softcap_row(s, n, scale, t.softcap_log2), scale = 1.0f;
-  if (t.slope_log2) alibi_row(s, n, scale, t.slope_log2[r], t.position[r] - first), scale = 1.0f;
+  scale = add_terms(t, r, s, first, n, scale);
   if (partial) fill_outside(s, n, t.lo[r] - first, t.hi[r] - first, -kInfinity);
   return scale;
 }

@@ -10,16 +10,18 @@ namespace flash_attn::test {
 namespace {
 
 struct Results {
-  HostTensor out, lse, dq, dk, dv;
+  HostTensor out, lse, dq, dk, dv, dbias;
 };
 
 Results run_all(DType dtype, const Dims& d) {
   AttentionCase c = AttentionCase::fixed(dtype, d);
   c.scores.causal = true;
+  c.bias = HostTensor::normal(dtype, {1, d.nheads, 1, d.seqlen_k}, 2);  // its gradient is a sum over tasks
+  c.dropout = {.p = 0.1, .seed = 3, .offset = 4};
   c.run.backend = "cpu";
   forward(c.forward_call());
   backward(c.backward_call());
-  return {c.out, c.lse, c.dq, c.dk, c.dv};
+  return {c.out, c.lse, c.dq, c.dk, c.dv, c.dbias};
 }
 
 void expect_same(const Results& a, const Results& b) {
@@ -28,6 +30,7 @@ void expect_same(const Results& a, const Results& b) {
   EXPECT_TRUE(close(a.dq, b.dq, 0.0));
   EXPECT_TRUE(close(a.dk, b.dk, 0.0));
   EXPECT_TRUE(close(a.dv, b.dv, 0.0));
+  EXPECT_TRUE(close(a.dbias, b.dbias, 0.0));
 }
 
 class Determinism : public ::testing::Test {

@@ -13,6 +13,8 @@
 #include "cpu/kernel/scores.hpp"
 #include "cpu/kernel/softmax.hpp"
 
+#include "cpu/kernel/dropout.hpp"
+
 #include "cpu/kernel/tiles.hpp"
 
 #include "cpu/kernel/attend_tiles.hpp"

@@ -27,6 +27,13 @@ class Draw {
   std::mt19937_64 random_;
 };
 
+/// Of the lengths that cumulated lengths are made of.
+int64_t longest(const HostTensor& cu_seqlens) {
+  double most = 0;
+  for (int64_t b = 1; b < cu_seqlens.numel(); ++b) most = std::max(most, cu_seqlens.get(b) - cu_seqlens.get(b - 1));
+  return static_cast<int64_t>(most);
+}
+
 AttentionCase random_case(uint64_t seed) {
   Draw draw(seed);
   Dims d;
@@ -62,6 +69,18 @@ AttentionCase random_case(uint64_t seed) {
   if (draw.one_in(4)) c.sink = HostTensor::normal(DType::f32, {d.nheads}, seed + 8);
   if (draw.one_in(2)) c.dlse = HostTensor();  // no gradient through lse
   c.run.positive_empty_lse = draw.one_in(2);
+  if (draw.one_in(3)) {
+    const Tensor q = c.q.tensor();
+    const int64_t batch = c.cu_seqlens_q.present() ? c.cu_seqlens_q.size(0) - 1 : d.batch;
+    const int64_t rows = c.cu_seqlens_q.present() ? longest(c.cu_seqlens_q) : q.shape[1];
+    const int64_t keys = c.cu_seqlens_k.present() ? longest(c.cu_seqlens_k) : d.seqlen_k;
+    const auto or_one = [&](int64_t n) { return draw.one_in(3) ? 1 : n; };
+    const Shape shape{or_one(batch), or_one(d.nheads), or_one(rows), keys};
+    const Layout layout = draw.one_in(3) ? Layout{{2, 1, 0, 3}, draw.between(1, 2), draw.between(0, 3)} : Layout{};
+    c.bias = HostTensor::normal(draw.of({DType::f32, DType::bf16, DType::f16, DType::f64}), shape, seed + 9, 1, layout);
+    for (int64_t n = 0; draw.one_in(2) && n < c.bias.numel(); n += draw.between(1, 9)) c.bias.set(n, -INFINITY);
+  }
+  if (draw.one_in(3)) c.dropout = {.p = draw.of({0.02, 0.2, 0.5}), .seed = seed * 0x123456789abcdef, .offset = seed};
   return c;
 }
 
@@ -86,14 +105,20 @@ TEST_P(AgainstOracle, ForwardAndBackward) {
 
     got.out = want.out, got.lse = want.lse;
     cpu::backward(make_problem(got.backward_call()), *kernels);
-    // delta = dout . out is taken from the rounded out, as everywhere: its error grows with the root of headdim_v.
+    // delta = dout . out is taken from the rounded out, as everywhere: its error grows with the root of headdim_v, and
+    // as out does with what dropout keeps.
     const double through_delta =
-        4 * atol * std::max(1.0, std::sqrt(static_cast<double>(got.v.size(got.v.tensor().ndim - 1)) / 128));
+        4 * atol * std::max(1.0, std::sqrt(static_cast<double>(got.v.size(got.v.tensor().ndim - 1)) / 128)) /
+        (1 - got.dropout.p);
     EXPECT_TRUE(close(got.dq, want.dq, through_delta, atol));
     EXPECT_TRUE(close(got.dk, want.dk, through_delta, atol));
     EXPECT_TRUE(close(got.dv, want.dv, 4 * atol, atol));
     if (got.sink.present()) {
       EXPECT_TRUE(close(got.dsink, want.dsink, 40 * atol, atol));
+    }
+    if (got.bias.present()) {
+      EXPECT_TRUE(close(got.dbias, want.dbias, 40 * atol, atol));
+      EXPECT_TRUE(got.dbias.gaps_untouched());
     }
     EXPECT_TRUE(got.dq.gaps_untouched() && got.dk.gaps_untouched() && got.dv.gaps_untouched());
   }
@@ -177,6 +202,8 @@ TEST(Cpu, FewQueriesOfManyKeys) {
     if (draw.one_in(4)) got.scores.softcap = 20.0;
     if (draw.one_in(3)) got.alibi = HostTensor::normal(DType::f32, {d.nheads}, seed + 7, 0.01);
     if (draw.one_in(3)) got.sink = HostTensor::normal(DType::f32, {d.nheads}, seed + 8);
+    if (draw.one_in(3)) got.bias = HostTensor::normal(dtype, {1, d.nheads, d.seqlen_q, d.seqlen_k}, seed + 9);
+    if (draw.one_in(3)) got.dropout = {.p = 0.3, .seed = seed, .offset = 5};
     if (draw.one_in(4)) got.v.put(draw.of({INFINITY, NAN}), d.seqlen_k / 2, 0, 0);
     if (draw.one_in(6)) got.q.put(NAN, 0, 0, 0);
     AttentionCase want = got;

@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <vector>
 
 #include "cpu/isa.hpp"
@@ -82,6 +83,32 @@ TEST(Plan, FewHeadsOfTheBackwardAreSplit) {
   EXPECT_EQ(one.keys_per_split % k.panel, 0);
   p.nheads = p.nheads_k = 64;
   EXPECT_EQ(cpu::make_backward_plan(p, k).splits, 1);
+}
+
+/// Heads whose sums of dbias meet share an owner, no others do; tasks that take turns are made up for by splits.
+TEST(Plan, OneOwnerForEachSumOfDbias) {
+  const cpu::Kernels& k = *cpu::usable_kernels().front();
+  float memory = 0;
+  Problem p;
+  p.batch = 16, p.nheads = 8, p.nheads_k = 4, p.headdim = p.headdim_v = 64;
+  p.max_seqlen_q = p.max_seqlen_k = 4096;
+  for (int64_t batch : {1, 16})
+    for (int64_t nheads : {1, 8}) {
+      const int64_t shape[] = {batch, nheads, 4096, 4096};
+      std::copy(shape, shape + 4, p.scores.bias_shape);
+      p.dbias.data = reinterpret_cast<char*>(&memory);
+      std::map<int64_t, int> heads;
+      for (int64_t b = 0; b < 16; ++b)
+        for (int64_t hk = 0; hk < 4; ++hk) ++heads[cpu::dbias_owner(p, b, hk)];
+      const int64_t owners = batch * (nheads == 1 ? 1 : 4);
+      EXPECT_EQ(static_cast<int64_t>(heads.size()), owners);
+      for (const auto& [owner, count] : heads) EXPECT_EQ(count, 64 / owners);
+      EXPECT_GE(owners * cpu::make_backward_plan(p, k).splits, 16);
+      p.dbias = {};
+      EXPECT_NE(cpu::dbias_owner(p, 0, 0), cpu::dbias_owner(p, 1, 0));
+      EXPECT_NE(cpu::dbias_owner(p, 0, 0), cpu::dbias_owner(p, 0, 1));
+      EXPECT_EQ(cpu::make_backward_plan(p, k).splits, 1);
+    }
 }
 
 }  // namespace
