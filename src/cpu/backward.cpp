@@ -19,7 +19,7 @@ namespace {
 
 constexpr int64_t kRun = 64;  // rows found and moved at a time: a panel, or a group
 
-/// Scratch of one worker: one split of keys, and all queries of one head.
+/// Scratch of one worker: one split of keys, and plan.rows queries of one head.
 struct Scratch {
   float *k_panels, *v_panels, *k_strips, *dk, *dv;
   float *q, *dout, *dq, *base, *delta, *slope, *tiles;
@@ -30,7 +30,7 @@ struct Scratch {
   DropoutRow* dropped;
 
   Scratch(Arena& a, const Problem& p, const BackwardPlan& plan, const Kernels& k) {
-    const int64_t keys = plan.keys_per_split, rows = p.max_seqlen_q;
+    const int64_t keys = plan.keys_per_split, rows = plan.rows;
     const int64_t d = round_up(p.headdim, k.width), dv_cols = round_up(p.headdim_v, k.width);
     k_panels = a.take<float>(keys * p.headdim), v_panels = a.take<float>(keys * p.headdim_v);
     k_strips = a.take<float>(keys * d), dk = a.take<float>(keys * d), dv = a.take<float>(keys * dv_cols);
@@ -38,7 +38,7 @@ struct Scratch {
     base = a.take<float>(rows), delta = a.take<float>(rows), slope = a.take<float>(rows);
     tiles = a.take<float>(k.backward_scratch);
     lo = a.take<int64_t>(rows), hi = a.take<int64_t>(rows), position = a.take<int64_t>(rows);
-    k_special = a.take<uint8_t>(keys / k.panel), row_special = a.take<uint8_t>(rows / k.backward_group + 1);
+    k_special = a.take<uint8_t>(keys / k.panel), row_special = a.take<uint8_t>(rows / k.backward_group);
     bias = a.take<const char*>(rows), dbias = a.take<float*>(rows), dropped = a.take<DropoutRow>(rows);
   }
 };
@@ -66,36 +66,37 @@ RowList query_rows(const Operand& x, const Sequence& seq, int64_t head, int64_t 
   return {rows, n, cols, x.stride_col, x.dtype};
 }
 
-/// Brings rows [begin, end) of one head into the scratch, at their own index.
+/// Brings rows [begin, end) of one head into the scratch.
 void load_queries(const Problem& p, const Kernels& k, const Sequence& seq, int64_t head, int64_t begin, int64_t end,
                   const Scratch& s) {
   const char* rows[kRun];
   const int64_t d = round_up(p.headdim, k.width), dv_cols = round_up(p.headdim_v, k.width);
-  std::fill(s.q + begin * d, s.q + end * d, 0.0f);
-  std::fill(s.dout + begin * dv_cols, s.dout + end * dv_cols, 0.0f);
-  for (int64_t r = begin; r < end; r += k.backward_group) {
-    const int64_t n = std::min(k.backward_group, end - r);
-    const bool special_q =
-        k.load_rows(query_rows(p.q, seq, head, r, n, p.headdim, rows), score_scale(p.scores).sign, s.q + r * d, d);
-    const bool special_dout =
-        k.load_rows(query_rows(p.dout, seq, head, r, n, p.headdim_v, rows), 1.0f, s.dout + r * dv_cols, dv_cols);
-    s.row_special[(r - begin) / k.backward_group] = special_q || special_dout;
-    k.dot_rows(query_rows(p.out, seq, head, r, n, p.headdim_v, rows), s.dout + r * dv_cols, dv_cols, s.delta + r);
-    for (int64_t i = r; i < r + n; ++i) {
-      const float lse = *reinterpret_cast<const float*>(p.lse.at(seq.q_batch, seq.q_row + i, head));
-      s.base[i] = std::isinf(lse) ? INFINITY : static_cast<float>(lse * kLog2e);
-      if (p.dlse.present()) s.delta[i] -= *reinterpret_cast<const float*>(p.dlse.at(seq.q_batch, seq.q_row + i, head));
+  const float sign = score_scale(p.scores).sign;
+  if (d > p.headdim) std::fill(s.q, s.q + (end - begin) * d, 0.0f);  // what no column fills
+  if (dv_cols > p.headdim_v) std::fill(s.dout, s.dout + (end - begin) * dv_cols, 0.0f);
+  for (int64_t i = begin, r = 0; i < end; i += k.backward_group, r += k.backward_group) {
+    const int64_t n = std::min(k.backward_group, end - i);
+    float* const dout = s.dout + r * dv_cols;
+    const bool special_q = k.load_rows(query_rows(p.q, seq, head, i, n, p.headdim, rows), sign, s.q + r * d, d);
+    const bool special_dout = k.load_rows(query_rows(p.dout, seq, head, i, n, p.headdim_v, rows), 1.0f, dout, dv_cols);
+    s.row_special[r / k.backward_group] = special_q || special_dout;
+    k.dot_rows(query_rows(p.out, seq, head, i, n, p.headdim_v, rows), dout, dv_cols, s.delta + r);
+    for (int64_t j = 0; j < n; ++j) {
+      const float lse = *reinterpret_cast<const float*>(p.lse.at(seq.q_batch, seq.q_row + i + j, head));
+      s.base[r + j] = std::isinf(lse) ? INFINITY : static_cast<float>(lse * kLog2e);
+      if (p.dlse.present())
+        s.delta[r + j] -= *reinterpret_cast<const float*>(p.dlse.at(seq.q_batch, seq.q_row + i + j, head));
     }
   }
 }
 
-/// d loss / d sink of one head of one sequence: the sink is a key without a value, so u = -delta.
-double sink_gradient(const Problem& p, const Sequence& seq, int64_t head, const Scratch& s) {
+/// d loss / d sink of `rows` rows of one head: the sink is a key without a value, so u = -delta.
+double sink_gradient(const Problem& p, int64_t head, int64_t rows, const Scratch& s) {
   const double sink = sink_logit(p.scores, head) * kLog2e;
   double sum = 0;
-  for (int64_t i = 0; i < seq.seqlen_q; ++i) {
-    const double probability = std::exp2(sink - s.base[i]);
-    if (probability > 0) sum -= probability * s.delta[i];
+  for (int64_t r = 0; r < rows; ++r) {
+    const double probability = std::exp2(sink - s.base[r]);
+    if (probability > 0) sum -= probability * s.delta[r];
   }
   return sum;
 }
@@ -121,9 +122,11 @@ void store_all(const Kernels& k, int64_t n, int64_t cols, int64_t stride_col, DT
   }
 }
 
-void store_dq(const Problem& p, const Kernels& k, const Sequence& seq, int64_t head, const float* dq) {
-  store_all(k, seq.seqlen_q, p.headdim, p.dq.stride_col, p.dtype, static_cast<float>(p.scores.scale), dq,
-            round_up(p.headdim, k.width), [&](int64_t i) { return p.dq.at(seq.q_batch, seq.q_row + i, head); });
+/// Rows [begin, end) of dq, from `dq`.
+void store_dq(const Problem& p, const Kernels& k, const Sequence& seq, int64_t head, int64_t begin, int64_t end,
+              const float* dq) {
+  store_all(k, end - begin, p.headdim, p.dq.stride_col, p.dtype, static_cast<float>(p.scores.scale), dq,
+            round_up(p.headdim, k.width), [&](int64_t i) { return p.dq.at(seq.q_batch, seq.q_row + begin + i, head); });
 }
 
 struct Task {
@@ -132,84 +135,108 @@ struct Task {
   float* dq_partials;  // (splits, group, max_seqlen_q, d) of this key head; nullptr with one split
 };
 
-/// What rows [first, last) of a head see of the keys from `begin` on, and the terms of their scores. Of a row that has
-/// no lse nothing is seen: a bias may hide what the mask does not.
-void place_rows(const Problem& p, const Task& t, int64_t head, int64_t begin, int64_t first, int64_t last,
+/// What rows [begin, end) of a head see of the keys from `first_key` on, and the terms of their scores. Of a row that
+/// has no lse nothing is seen: a bias may hide what the mask does not.
+void place_rows(const Problem& p, const Task& t, int64_t head, int64_t first_key, int64_t begin, int64_t end,
                 const Scratch& s) {
   const Sequence& seq = t.sequence;
   const Operand& bias = p.scores.bias;
-  for (int64_t i = first; i < last; ++i) {
+  const float slope = static_cast<float>(p.scores.alibi_slope(t.b, head) * kLog2e);
+  for (int64_t i = begin, r = 0; i < end; ++i, ++r) {
     const Interval seen = p.scores.mask.row(i, seq.seqlen_q, seq.seqlen_k);
-    s.lo[i] = seen.lo - begin;
-    s.hi[i] = s.base[i] == INFINITY ? s.lo[i] : seen.hi - begin;
-    s.position[i] = i + seq.seqlen_k - seq.seqlen_q - begin;
-    s.slope[i] = static_cast<float>(p.scores.alibi_slope(t.b, head) * kLog2e);
-    s.dropped[i] = {static_cast<uint32_t>(i), static_cast<uint32_t>(t.b * p.nheads + head)};
+    s.lo[r] = seen.lo - first_key;
+    s.hi[r] = s.base[r] == INFINITY ? s.lo[r] : seen.hi - first_key;
+    s.position[r] = i + seq.seqlen_k - seq.seqlen_q - first_key;
+    s.slope[r] = slope;
+    s.dropped[r] = {static_cast<uint32_t>(i), static_cast<uint32_t>(t.b * p.nheads + head)};
     if (bias.present())
-      s.bias[i] = bias.at(t.b, i, head) + begin * bias.stride_col * static_cast<int64_t>(size_of(bias.dtype));
-    if (p.dbias.present()) s.dbias[i] = reinterpret_cast<float*>(p.dbias.at(t.b, i, head)) + begin * p.dbias.stride_col;
+      s.bias[r] = bias.at(t.b, i, head) + first_key * bias.stride_col * static_cast<int64_t>(size_of(bias.dtype));
+    if (p.dbias.present())
+      s.dbias[r] = reinterpret_cast<float*>(p.dbias.at(t.b, i, head)) + first_key * p.dbias.stride_col;
   }
+}
+
+/// Queries that see a key of [begin, end), and those between them.
+Interval queries_of(const Problem& p, const Sequence& seq, int64_t begin, int64_t end) {
+  Interval rows{seq.seqlen_q, 0};
+  for (int64_t i = 0; i < seq.seqlen_q; ++i) {
+    const Interval seen = p.scores.mask.row(i, seq.seqlen_q, seq.seqlen_k);
+    if (seen.empty() || seen.hi <= begin || seen.lo >= end) continue;
+    rows = {std::min(rows.lo, i), i + 1};
+  }
+  return rows.empty() ? Interval{0, 0} : rows;
+}
+
+/// Adds what rows [begin, end) of a head do to dk and dv, and computes their dq (rows, d).
+void attend_back(const Problem& p, const Kernels& k, const Task& t, int64_t head, int64_t begin, int64_t end,
+                 int64_t first_key, int64_t keys, const Scratch& s, float* dq) {
+  const ScoreScale scale = score_scale(p.scores);
+  const int64_t rows = end - begin;
+  std::fill(dq, dq + rows * round_up(p.headdim, k.width), 0.0f);
+  place_rows(p, t, head, first_key, begin, end, s);
+  k.backward({
+      .rows = rows,
+      .headdim = p.headdim,
+      .headdim_v = p.headdim_v,
+      .q = s.q,
+      .dout = s.dout,
+      .base = s.base,
+      .delta = s.delta,
+      .row_special = s.row_special,
+      .k_panels = s.k_panels,
+      .v_panels = s.v_panels,
+      .k_strips = s.k_strips,
+      .keys = keys,
+      .k_special = s.k_special,
+      .lo = s.lo,
+      .hi = s.hi,
+      .scale = scale.scale,
+      .softcap_log2 = scale.softcap_log2,
+      .slope_log2 = p.scores.alibi ? s.slope : nullptr,
+      .position = s.position,
+      .bias = bias_rows(p.scores, s.bias, rows, first_key),
+      .dropout = dropout_task(p.scores.dropout, s.dropped, first_key),
+      .dbias = p.dbias.present() ? s.dbias : nullptr,
+      .dbias_stride = p.dbias.stride_col,
+      .dq = dq,
+      .dk = s.dk,
+      .dv = s.dv,
+      .scratch = s.tiles,
+  });
 }
 
 void run(const Problem& p, const Kernels& k, const BackwardPlan& plan, const Task& t, const Scratch& s, double* dsink) {
   const Sequence& seq = t.sequence;
   const int64_t d = round_up(p.headdim, k.width), dv_cols = round_up(p.headdim_v, k.width);
-  const ScoreScale scale = score_scale(p.scores);
   const int64_t begin = t.split * plan.keys_per_split, end = std::min(begin + plan.keys_per_split, seq.seqlen_k);
   const int64_t keys = round_up(std::max<int64_t>(end - begin, 0), k.panel);
   if (keys > 0) pack_keys(p, k, seq, t.hk, begin, end, s);
   std::fill(s.dk, s.dk + keys * d, 0.0f);
   std::fill(s.dv, s.dv + keys * dv_cols, 0.0f);
 
-  int64_t first = seq.seqlen_q, last = 0;  // queries that see a key of the split
-  for (int64_t i = 0; i < seq.seqlen_q; ++i) {
-    const Interval seen = p.scores.mask.row(i, seq.seqlen_q, seq.seqlen_k);
-    if (seen.empty() || seen.hi <= begin || seen.lo >= end) continue;
-    first = std::min(first, i);
-    last = i + 1;
-  }
   const bool sinks = dsink && t.split == 0;
-  if (sinks) first = 0, last = seq.seqlen_q;  // the sink is seen by all
-
+  const Interval rows = sinks ? Interval{0, seq.seqlen_q} : queries_of(p, seq, begin, end);  // all see the sink
   for (int64_t g = 0; g < p.group(); ++g) {
     const int64_t head = t.hk * p.group() + g;
-    float* const dq = t.dq_partials ? t.dq_partials + (t.split * p.group() + g) * p.max_seqlen_q * d : s.dq;
-    std::fill(dq, dq + seq.seqlen_q * d, 0.0f);
-    if (last > first) {
-      load_queries(p, k, seq, head, first, last, s);
-      if (sinks) dsink[t.b * p.nheads + head] = sink_gradient(p, seq, head, s);
-      place_rows(p, t, head, begin, first, last, s);
-      k.backward({
-          .rows = last - first,
-          .headdim = p.headdim,
-          .headdim_v = p.headdim_v,
-          .q = s.q + first * d,
-          .dout = s.dout + first * dv_cols,
-          .base = s.base + first,
-          .delta = s.delta + first,
-          .row_special = s.row_special,
-          .k_panels = s.k_panels,
-          .v_panels = s.v_panels,
-          .k_strips = s.k_strips,
-          .keys = keys,
-          .k_special = s.k_special,
-          .lo = s.lo + first,
-          .hi = s.hi + first,
-          .scale = scale.scale,
-          .softcap_log2 = scale.softcap_log2,
-          .slope_log2 = p.scores.alibi ? s.slope + first : nullptr,
-          .position = s.position + first,
-          .bias = bias_rows(p.scores, s.bias + first, last - first, begin),
-          .dropout = dropout_task(p.scores.dropout, s.dropped + first, begin),
-          .dbias = p.dbias.present() ? s.dbias + first : nullptr,
-          .dbias_stride = p.dbias.stride_col,
-          .dq = dq + first * d,
-          .dk = s.dk,
-          .dv = s.dv,
-          .scratch = s.tiles,
-      });
+    float* const partial = t.dq_partials ? t.dq_partials + (t.split * p.group() + g) * p.max_seqlen_q * d : nullptr;
+    const auto zero_dq = [&](int64_t from, int64_t to) {
+      for (int64_t i = from; i < to; i += plan.rows) {
+        float* const dq = partial ? partial + i * d : s.dq;
+        const int64_t last = std::min(i + plan.rows, to);
+        std::fill(dq, dq + (last - i) * d, 0.0f);
+        if (!partial) store_dq(p, k, seq, head, i, last, dq);
+      }
+    };
+    zero_dq(0, rows.lo);
+    for (int64_t i = rows.lo; i < rows.hi; i += plan.rows) {
+      const int64_t last = std::min(i + plan.rows, rows.hi);
+      float* const dq = partial ? partial + i * d : s.dq;
+      load_queries(p, k, seq, head, i, last, s);
+      if (sinks) dsink[t.b * p.nheads + head] += sink_gradient(p, head, last - i, s);
+      attend_back(p, k, t, head, i, last, begin, keys, s, dq);
+      if (!partial) store_dq(p, k, seq, head, i, last, dq);
     }
-    if (!t.dq_partials) store_dq(p, k, seq, head, dq);
+    zero_dq(rows.hi, seq.seqlen_q);
   }
   if (end <= begin) return;
   store_all(k, end - begin, p.headdim, p.dk.stride_col, p.dtype, static_cast<float>(std::abs(p.scores.scale)), s.dk, d,
@@ -227,7 +254,7 @@ void reduce_dq(const Problem& p, const Kernels& k, const BackwardPlan& plan, con
     const float* const part = t.dq_partials + (split * p.group() + g) * plane;
     for (int64_t i = 0; i < n; ++i) sum[i] += part[i];
   }
-  store_dq(p, k, t.sequence, t.hk * p.group() + g, sum);
+  store_dq(p, k, t.sequence, t.hk * p.group() + g, 0, t.sequence.seqlen_q, sum);
 }
 
 void clear_dbias(const Problem& p, int workers) {

@@ -130,7 +130,7 @@ struct Kernels {
   int64_t panel;                                              // P
   const AttendKernel *attend_f32, *attend_bf16, *attend_f16;  // the forward, by the dtype of q, k and v
   const AttendKernel* attend_any;                             // the forward of special rows
-  int64_t backward_group;                                     // rows of its score tile, at most 64
+  int64_t backward_group, backward_block;                     // rows (at most 64) and keys of its score tile
   int64_t backward_scratch;                                   // floats
 
   /// One panel (P rows, fewer at the end) -> panels[p]. Returns whether it has an inf or a NaN.

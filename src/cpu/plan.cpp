@@ -21,7 +21,6 @@ constexpr int64_t kChunkBytes = int64_t{512} << 10;
 constexpr int64_t kEnoughOwners = 16;
 // What one thread does in less time than waking others takes, some 10 us.
 constexpr int64_t kSmallFlops = 2'000'000;
-// A split of the backward packs its keys and loads every query that sees them: it must have keys enough to pay for it.
 constexpr int64_t kMinKeysPerSplit = 256;
 constexpr int64_t kPartialBytes = int64_t{64} << 20;
 
@@ -126,12 +125,13 @@ static int64_t dbias_owners(const Problem& p) {
 
 BackwardPlan make_backward_plan(const Problem& p, const Kernels& kernels) {
   BackwardPlan plan;
+  plan.rows = round_up(std::clamp<int64_t>(p.max_seqlen_q, 1, kMaxRows), kernels.backward_group);
   const int64_t heads = std::max<int64_t>(p.batch * p.nheads_k, 1);
   const int64_t wanted = divide_up(kEnoughTasks, std::max<int64_t>(dbias_owners(p), 1));
-  plan.splits = std::clamp<int64_t>(p.max_seqlen_k / kMinKeysPerSplit, 1, wanted);
-  plan.keys_per_split = round_up((p.max_seqlen_k + plan.splits - 1) / plan.splits, kernels.panel);
-  if (plan.keys_per_split > 0)
-    plan.splits = std::max<int64_t>(1, (p.max_seqlen_k + plan.keys_per_split - 1) / plan.keys_per_split);
+  const bool split = wanted > 1 && p.max_seqlen_k > kernels.backward_block;
+  plan.keys_per_split =
+      round_up(divide_up(p.max_seqlen_k, split ? wanted : 1), split ? kernels.backward_block : kernels.panel);
+  plan.splits = std::max<int64_t>(1, divide_up(p.max_seqlen_k, std::max<int64_t>(plan.keys_per_split, 1)));
 
   const int64_t d = round_up(p.headdim, kernels.width), dv = round_up(p.headdim_v, kernels.width);
   const int64_t partial = plan.splits * p.group() * p.max_seqlen_q * d;
@@ -140,15 +140,14 @@ BackwardPlan make_backward_plan(const Problem& p, const Kernels& kernels) {
   if (plan.splits > 1)
     plan.workspace_shared = static_cast<int64_t>(Arena::padded<float>(plan.heads_per_wave * partial));
 
-  const int64_t keys = plan.keys_per_split, rows = p.max_seqlen_q;
+  const int64_t keys = plan.keys_per_split, rows = plan.rows;
   const auto floats = [](int64_t n) { return static_cast<int64_t>(Arena::padded<float>(n)); };
   plan.workspace_per_worker =
       floats(keys * p.headdim) + floats(keys * p.headdim_v) + 2 * floats(keys * d) + floats(keys * dv) +
       2 * floats(rows * d) + floats(rows * dv) + 3 * floats(rows) + floats(kernels.backward_scratch) +
       static_cast<int64_t>(3 * Arena::padded<int64_t>(rows) + Arena::padded<uint8_t>(keys / kernels.panel) +
-                           Arena::padded<uint8_t>(rows / kernels.backward_group + 1));
-  plan.workspace_per_worker += static_cast<int64_t>(Arena::padded<const char*>(rows) + Arena::padded<float*>(rows) +
-                                                    Arena::padded<DropoutRow>(rows));
+                           Arena::padded<uint8_t>(rows / kernels.backward_group) + Arena::padded<const char*>(rows) +
+                           Arena::padded<float*>(rows) + Arena::padded<DropoutRow>(rows));
   return plan;
 }
 

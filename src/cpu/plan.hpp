@@ -54,8 +54,9 @@ std::vector<RowRange> attend_ranges(const Plan& plan, int64_t group, int64_t seq
 /// A dbias that is broadcast over sequences or heads has a sum over these. Tasks of one split whose sums meet have the
 /// same owner and run one after the other, so that sums need no memory and have one order.
 struct BackwardPlan {
+  int64_t rows = 0;  // taken up at a time, whole groups
   int64_t splits = 1;
-  int64_t keys_per_split = 0;  // whole panels
+  int64_t keys_per_split = 0;  // whole panels, and whole blocks if there are several splits
   int64_t heads_per_wave = 0;
   int64_t workspace_shared = 0;      // bytes
   int64_t workspace_per_worker = 0;  // bytes

@@ -12,6 +12,7 @@ const Kernels kernels = {
     .attend_f16 = &kAttendFp32,
     .attend_any = &kAttendFp32,
     .backward_group = kBackwardGroup,
+    .backward_block = kBackwardBlock,
     .backward_scratch = 2 * kBackwardGroup * (kBackwardBlock + W),
     .pack_panel = pack_panel,
     .pack_strips = pack_strips,
