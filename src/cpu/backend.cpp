@@ -20,7 +20,10 @@ class CpuBackend final : public Backend {
   }
   std::string plan(const Problem& p) const override {
     const cpu::Kernels& k = cpu::active_kernels();
-    if (p.pass == Pass::backward) return cpu::describe(cpu::make_backward_plan(p, k), k);
+    if (p.pass == Pass::backward) {
+      const cpu::BackwardKernel& kernel = cpu::backward_kernel(k, p.dtype);
+      return cpu::describe(cpu::make_backward_plan(p, k, kernel), k, kernel);
+    }
     const cpu::AttendKernel& kernel = cpu::attend_kernel(k, p.dtype);
     return cpu::describe(cpu::make_plan(p, kernel, k.width), k, kernel);
   }

@@ -54,6 +54,10 @@ const AttendKernel& attend_kernel(const Kernels& k, DType dtype) {
   return *(dtype == DType::f32 ? k.attend_f32 : dtype == DType::bf16 ? k.attend_bf16 : k.attend_f16);
 }
 
+const BackwardKernel& backward_kernel(const Kernels& k, DType dtype) {
+  return *(dtype == DType::f32 ? k.backward_f32 : dtype == DType::bf16 ? k.backward_bf16 : k.backward_f16);
+}
+
 double sink_logit(const ScorePipeline& s, int64_t head) {
   const char* at = s.sink.at(0, 0, head);
   switch (s.sink.dtype) {

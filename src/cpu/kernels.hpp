@@ -86,69 +86,75 @@ struct AttendKernel {
   bool plain_only;
 };
 
-// Packed fp32 copies of one head's keys or values, for the backward and the forward in fp32.
-//
-//   panels: [rows / P][cols][P]      P rows side by side, transposed: B operand of  X . rows^T
-//   strips: [cols / P][rows_pad][P]  P columns side by side:          B operand of  X . rows   (the last one narrower)
-//
-// P = Kernels::panel. Rows are padded with zeros to a multiple of P, columns of strips to a multiple of the width.
-
 /// One task of the backward: `rows` queries of one head against packed keys [0, keys). With x and s as above,
 ///   p = 2^(s - base),  z = 0 where dropout drops, else its scale,  u = z (dout . v) - delta
-///   dv += (z p)^T dout     dbias += p u     dx = p u (times 1 - tanh(scale x)^2 with softcap)
+///   dv += (z p)^T dout     dbias = p u      dx = p u (times 1 - tanh(scale x)^2 with softcap)
 ///   dk += dx^T q           dq += dx k
 /// The driver multiplies dk and dq by the softmax scale when it writes them.
 struct BackwardTask {
   int64_t rows, headdim, headdim_v;
-  const float* q;              // (rows, headdim padded to the width), padded with zeros
-  const float* dout;           // (rows, headdim_v padded)
+  const char* queries;         // packs of q and dout, of row_capacity rows
+  const char* keys_packed;     // packs of k and v, of `keys` keys
+  int64_t row_capacity, keys;  // keys: padded to panels
   const float* base;           // (rows): lse * log2(e); +inf: the row sees nothing
   const float* delta;          // (rows): sum of dout * out, less dlse
-  const uint8_t* row_special;  // (rows / backward_group): some q or dout of the group is inf or NaN
-  const float* k_panels;       // panels of (keys, headdim)
-  const float* v_panels;       // panels of (keys, headdim_v)
-  const float* k_strips;       // strips of (keys, headdim)
-  int64_t keys;                // padded
-  const uint8_t* k_special;    // (keys / panel)
+  const uint8_t* row_special;  // (rows / group): what pack_queries returned
+  const uint8_t* key_special;  // (keys / panel): what pack_keys returned
   const int64_t *lo, *hi;      // (rows)
   float scale, softcap_log2;   // as above
   const float* slope_log2;
   const int64_t* position;
   RowList bias;
   DropoutTask dropout;
-  float* const* dbias;   // (rows): where the gradient of key 0 is; several rows may have one place; nullptr: not wanted
+  float* const* dbias;   // (rows): where the gradient of key 0 is; nullptr: not wanted. Visible keys are written,
   int64_t dbias_stride;  // of the keys
-  float* dq;             // (rows, headdim padded): added to
-  float* dk;             // (keys, headdim padded): added to
-  float* dv;             // (keys, headdim_v padded): added to
-  float* scratch;        // backward_scratch floats
+  bool dbias_sums;       // or added to: several rows may have one place
+  float* dq;             // (rows padded to groups, headdim padded to the width): added to
+  float* dk;             // headdim padded x keys, in the kernel's own layout: added to
+  float* dv;             // headdim_v padded x keys: added to
+  char* scratch;
+};
+
+/// The backward in one arithmetic. Sizes are in bytes, multiples of 64; `special` is as in AttendKernel.
+struct BackwardKernel {
+  const char* name;
+  int64_t panel;  // keys packed at a time, at most 64
+  int64_t group;  // rows packed at a time, at most 64; rows of a score tile
+  int64_t block;  // keys of a score tile
+  int64_t scratch;
+  int64_t (*query_bytes)(int64_t rows, int64_t headdim, int64_t headdim_v);
+  int64_t (*key_bytes)(int64_t keys, int64_t headdim, int64_t headdim_v);
+
+  /// One group of sign * q and of dout (lists of up to `group` rows) -> rows [first, first + group) of a pack of
+  /// `row_capacity`. Like the next, returns whether some row is special.
+  bool (*pack_queries)(const RowList& q, const RowList& dout, float sign, char* to, int64_t row_capacity,
+                       int64_t first);
+  /// One panel of k and v (lists of `panel` rows) -> keys [first, first + panel) of a pack of `keys`.
+  bool (*pack_keys)(const RowList& k, const RowList& v, char* to, int64_t keys, int64_t first);
+  void (*backward)(const BackwardTask& task);
+  /// dk or dv in the kernel's layout -> (keys, cols padded to the width). nullptr: it is that.
+  void (*sum_rows)(const float* sums, int64_t keys, int64_t cols, float* rows);
+  /// Whether special rows are left to `Kernels::backward_any` (else the kernel takes row_special and key_special into
+  /// account).
+  bool plain_only;
 };
 
 struct Kernels {
   const char* name;
-  int64_t width;                                              // floats in a vector
-  int64_t panel;                                              // P
-  const AttendKernel *attend_f32, *attend_bf16, *attend_f16;  // the forward, by the dtype of q, k and v
-  const AttendKernel* attend_any;                             // the forward of special rows
-  int64_t backward_group, backward_block;                     // rows (at most 64) and keys of its score tile
-  int64_t backward_scratch;                                   // floats
+  int64_t width;  // floats in a vector
+  // By the dtype of q, k and v; `any` takes special rows.
+  const AttendKernel *attend_f32, *attend_bf16, *attend_f16, *attend_any;
+  const BackwardKernel *backward_f32, *backward_bf16, *backward_f16, *backward_any;
 
-  /// One panel (P rows, fewer at the end) -> panels[p]. Returns whether it has an inf or a NaN.
-  bool (*pack_panel)(const RowList& rows, float* panel);
-  /// Up to P rows -> rows [first, first + n) of strips with rows_pad rows. Returns the same.
-  bool (*pack_strips)(const RowList& rows, float* strips, int64_t rows_pad, int64_t first);
-  /// dst (rows, ld) = factor * rows, in fp32; ld >= cols. Returns the same.
-  bool (*load_rows)(const RowList& rows, float factor, float* dst, int64_t ld);
   /// row[r][c] = factor[r] * src[r][c], rounded once to dtype. The rows of the list are written.
   void (*store_rows)(const RowList& rows, const float* factor, const float* src, int64_t ld);
-  /// dots[r] = sum over columns of row r of the list times row r of x (rows, ld).
-  void (*dot_rows)(const RowList& rows, const float* x, int64_t ld, float* dots);
+  /// dots[r] = sum over columns of row r of x times row r of y.
+  void (*dot_rows)(const RowList& x, const RowList& y, float* dots);
   /// Adds the sums of the same rows over other keys (Milakov & Gimelshein 2018, eq. 4).
   void (*merge_rows)(int64_t rows, int64_t headdim_v, const SoftmaxSums& from, const SoftmaxSums& to);
   /// The end of the forward's softmax: factor (rows) = 1 / sum l, lse (rows) = ln 2 m + ln sum l; 0 and -inf where l is
   /// 0.
   void (*finish_rows)(int64_t rows, const float* m, const float* l, float* factor, float* lse);
-  void (*backward)(const BackwardTask& task);
 };
 
 }  // namespace flash_attn::cpu

@@ -115,6 +115,10 @@ static bool sums_over(const Problem& p, int dim, int64_t extent) {
   return p.dbias.present() && p.scores.bias_shape[dim] < extent;
 }
 
+bool dbias_sums(const Problem& p) {
+  return sums_over(p, 0, p.batch) || sums_over(p, 1, p.nheads) || sums_over(p, 2, p.max_seqlen_q);
+}
+
 int64_t dbias_owner(const Problem& p, int64_t b, int64_t hk) {
   return (sums_over(p, 0, p.batch) ? 0 : b) * p.nheads_k + (sums_over(p, 1, p.nheads) ? 0 : hk);
 }
@@ -123,14 +127,15 @@ static int64_t dbias_owners(const Problem& p) {
   return (sums_over(p, 0, p.batch) ? 1 : p.batch) * (sums_over(p, 1, p.nheads) ? 1 : p.nheads_k);
 }
 
-BackwardPlan make_backward_plan(const Problem& p, const Kernels& kernels) {
+BackwardPlan make_backward_plan(const Problem& p, const Kernels& kernels, const BackwardKernel& kernel) {
+  const BackwardKernel& any = *kernels.backward_any;
   BackwardPlan plan;
-  plan.rows = round_up(std::clamp<int64_t>(p.max_seqlen_q, 1, kMaxRows), kernels.backward_group);
+  plan.rows = round_up(std::clamp<int64_t>(p.max_seqlen_q, 1, kMaxRows), kernel.group);
   const int64_t heads = std::max<int64_t>(p.batch * p.nheads_k, 1);
   const int64_t wanted = divide_up(kEnoughTasks, std::max<int64_t>(dbias_owners(p), 1));
-  const bool split = wanted > 1 && p.max_seqlen_k > kernels.backward_block;
+  const bool split = wanted > 1 && p.max_seqlen_k > kernel.block;
   plan.keys_per_split =
-      round_up(divide_up(p.max_seqlen_k, split ? wanted : 1), split ? kernels.backward_block : kernels.panel);
+      round_up(divide_up(p.max_seqlen_k, split ? wanted : 1), split ? kernel.block : std::max(kernel.panel, any.panel));
   plan.splits = std::max<int64_t>(1, divide_up(p.max_seqlen_k, std::max<int64_t>(plan.keys_per_split, 1)));
 
   const int64_t d = round_up(p.headdim, kernels.width), dv = round_up(p.headdim_v, kernels.width);
@@ -141,13 +146,19 @@ BackwardPlan make_backward_plan(const Problem& p, const Kernels& kernels) {
     plan.workspace_shared = static_cast<int64_t>(Arena::padded<float>(plan.heads_per_wave * partial));
 
   const int64_t keys = plan.keys_per_split, rows = plan.rows;
+  for (const BackwardKernel* x : {&kernel, &any}) {
+    plan.key_bytes = std::max(plan.key_bytes, x->key_bytes(keys, p.headdim, p.headdim_v));
+    plan.query_bytes = std::max(plan.query_bytes, x->query_bytes(rows, p.headdim, p.headdim_v));
+    plan.scratch = std::max(plan.scratch, x->scratch);
+  }
+  const auto bytes = [](int64_t n) { return static_cast<int64_t>(Arena::padded<char>(n)); };
   const auto floats = [](int64_t n) { return static_cast<int64_t>(Arena::padded<float>(n)); };
-  plan.workspace_per_worker =
-      floats(keys * p.headdim) + floats(keys * p.headdim_v) + 2 * floats(keys * d) + floats(keys * dv) +
-      2 * floats(rows * d) + floats(rows * dv) + 3 * floats(rows) + floats(kernels.backward_scratch) +
-      static_cast<int64_t>(3 * Arena::padded<int64_t>(rows) + Arena::padded<uint8_t>(keys / kernels.panel) +
-                           Arena::padded<uint8_t>(rows / kernels.backward_group) + Arena::padded<const char*>(rows) +
-                           Arena::padded<float*>(rows) + Arena::padded<DropoutRow>(rows));
+  plan.workspace_per_worker = bytes(plan.key_bytes) + bytes(plan.query_bytes) + bytes(plan.scratch) + bytes(keys) +
+                              bytes(rows) + floats(keys * d) + floats(keys * dv) +
+                              floats(kernel.sum_rows ? keys * std::max(d, dv) : 0) + floats(rows * d) +
+                              3 * floats(rows) +
+                              static_cast<int64_t>(3 * Arena::padded<int64_t>(rows) + Arena::padded<const char*>(rows) +
+                                                   Arena::padded<float*>(rows) + Arena::padded<DropoutRow>(rows));
   return plan;
 }
 
@@ -166,10 +177,12 @@ std::string describe(const Plan& plan, const Kernels& k, const AttendKernel& ker
          kib(plan.workspace_per_worker) + " a worker";
 }
 
-std::string describe(const BackwardPlan& plan, const Kernels& k) {
-  return std::string("isa ") + k.name + ", " + std::to_string(plan.splits) + " key splits of " +
-         std::to_string(plan.keys_per_split) + " keys a head, waves of " + std::to_string(plan.heads_per_wave) +
-         " heads, workspace " + kib(plan.workspace_shared) + " + " + kib(plan.workspace_per_worker) + " a worker";
+std::string describe(const BackwardPlan& plan, const Kernels& k, const BackwardKernel& kernel) {
+  return std::string("isa ") + k.name + ", products in " + kernel.name + ", score tiles of " +
+         std::to_string(kernel.group) + " rows x " + std::to_string(kernel.block) + " keys, " +
+         std::to_string(plan.splits) + " key splits of " + std::to_string(plan.keys_per_split) +
+         " keys a head, waves of " + std::to_string(plan.heads_per_wave) + " heads, workspace " +
+         kib(plan.workspace_shared) + " + " + kib(plan.workspace_per_worker) + " a worker";
 }
 
 }  // namespace flash_attn::cpu

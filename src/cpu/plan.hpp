@@ -51,23 +51,31 @@ std::vector<RowRange> attend_ranges(const Plan& plan, int64_t group, int64_t seq
 /// The backward: tasks are (sequence, key head, split of its keys). Splits are made where heads are few; each costs a
 /// partial dq, so a wave holds as many heads as a budget allows.
 ///
-/// A dbias that is broadcast over sequences or heads has a sum over these. Tasks of one split whose sums meet have the
-/// same owner and run one after the other, so that sums need no memory and have one order.
+/// An element of a dbias that is broadcast is a sum, added to where it lies; any other is written once. Tasks of one
+/// split whose sums meet, of several sequences or heads, have the same owner and run one after the other, so that sums
+/// need no memory and have one order.
 struct BackwardPlan {
-  int64_t rows = 0;  // taken up at a time, whole groups
+  int64_t rows = 0;         // taken up at a time, whole groups
+  int64_t query_bytes = 0;  // of their packs, as of the next for either kernel
   int64_t splits = 1;
-  int64_t keys_per_split = 0;  // whole panels, and whole blocks if there are several splits
+  int64_t keys_per_split = 0;  // whole panels of either kernel; whole blocks if there are several splits
+  int64_t key_bytes = 0;
+  int64_t scratch = 0;  // bytes
   int64_t heads_per_wave = 0;
   int64_t workspace_shared = 0;      // bytes
   int64_t workspace_per_worker = 0;  // bytes
 };
 
-BackwardPlan make_backward_plan(const Problem& problem, const Kernels& kernels);
+/// `kernel` is the one of the dtype; special rows take kernels.backward_any.
+BackwardPlan make_backward_plan(const Problem& problem, const Kernels& kernels, const BackwardKernel& kernel);
+
+/// Whether elements of dbias are sums, of several sequences, heads or rows.
+bool dbias_sums(const Problem& problem);
 
 /// Whose elements of dbias key head hk of sequence b adds to. Without such sums, every head has its own.
 int64_t dbias_owner(const Problem& problem, int64_t b, int64_t hk);
 
 std::string describe(const Plan& plan, const Kernels& kernels, const AttendKernel& kernel);
-std::string describe(const BackwardPlan& plan, const Kernels& kernels);
+std::string describe(const BackwardPlan& plan, const Kernels& kernels, const BackwardKernel& kernel);
 
 }  // namespace flash_attn::cpu

@@ -38,7 +38,12 @@ __attribute__((noinline)) void attend(const AttendTask& t) {
       if (last <= first) continue;
       const int64_t n = last - first;
 
-      multiply_panels({q + r0 * t.headdim, t.headdim, 1, nullptr, 0, s, lds, t.headdim}, rows, k_panels, first, last);
+      for (int64_t j = first; j < last; j += kPanel) {
+        const int64_t end = j + kPanel < last ? j + kPanel : last;
+        prefetch_bias(t.bias, r0, rows, j, end);
+        multiply_panels({q + r0 * t.headdim, t.headdim, 1, nullptr, 0, s + (j - first), lds, t.headdim}, rows, k_panels,
+                        j, end);
+      }
       float scale = 1.0f;
       for (int64_t r = 0; r < rows; ++r) scale = score_row(t, r0 + r, s + r * lds, first, n, partial);
       raise_maxima(s, lds, rows, n, scale, t.m + r0, base, row_scale);

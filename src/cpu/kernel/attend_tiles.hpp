@@ -221,10 +221,12 @@ struct Tiles {
         background.after = scores(t, after, other);
         background.units += background.after.units();
       }
-      for (int64_t r = 0; r < now.rows; ++r)
+      for (int64_t r = 0; r < now.rows; ++r) {
+        if (r < after.rows) prefetch_bias(t.bias, after.r0 + r, 1, after.first, after.first + after.n);
         exponentials_kept<kDrops, kTileBlock>(t.dropout, now.r0 + r, now.first, mine.s + r * lds, now.n, scale,
                                               mine.base[r], mine.rescale[r], t.l + (now.r0 + r) * W,
                                               InPlace{mine.s + r * lds, background});
+      }
       background.finish();
       before = now, now = after;
       if (now.rows == 0) background.stream.start(output(t, before, mine));

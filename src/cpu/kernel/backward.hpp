@@ -45,13 +45,14 @@ FLASH_ATTN_INLINE void multiply_row(float* x, const float* y, int64_t n) {
   for (int64_t j = 0; j < n; j += W) store(x + j, load(x + j) * load(y + j));
 }
 
-/// to[j * stride] += x[j] for columns [lo, hi) of [0, n).
-FLASH_ATTN_INLINE void add_visible(float* to, int64_t stride, const float* x, int64_t n, int64_t lo, int64_t hi) {
+/// Columns [lo, hi) of x [0, n) to `to`, `stride` apart: written, or added.
+template <bool kAdds>
+FLASH_ATTN_INLINE void put_visible(float* to, int64_t stride, const float* x, int64_t n, int64_t lo, int64_t hi) {
   int64_t j = lo < 0 ? 0 : lo;
   if (hi > n) hi = n;
   if (stride == 1)
-    for (; j + W <= hi; j += W) store(to + j, load(to + j) + load(x + j));
-  for (; j < hi; ++j) to[j * stride] += x[j];
+    for (; j + W <= hi; j += W) store(to + j, kAdds ? load(to + j) + load(x + j) : load(x + j));
+  for (; j < hi; ++j) to[j * stride] = kAdds ? to[j * stride] + x[j] : x[j];
 }
 
 /// Row r of the task: products with keys [first, first + n) become z p in s, and dout . v the gradient of them in u.
@@ -75,7 +76,11 @@ FLASH_ATTN_INLINE void gradient_row(const BackwardTask& t, int64_t r, float* s, 
     probability_row(s, u, n, scale, base, delta,
                     [&](int64_t j, vf x) { return x * where_at_least(load_half(draws + j), threshold, keep_scale); });
   }
-  if (t.dbias) add_visible(t.dbias[r] + first * t.dbias_stride, t.dbias_stride, u, n, lo, hi);
+  if (t.dbias) {
+    float* const to = t.dbias[r] + first * t.dbias_stride;
+    t.dbias_sums ? put_visible<true>(to, t.dbias_stride, u, n, lo, hi)
+                 : put_visible<false>(to, t.dbias_stride, u, n, lo, hi);
+  }
   if (capped) multiply_row(u, slope, n);
   if (!partial) return;
   fill_outside(s, n, lo, hi, 0.0f);  // after the exponential: base and u may be NaN, and unseen keys must be 0
@@ -88,10 +93,17 @@ FLASH_ATTN_INLINE void multiply_rows(Gemm g, int64_t rows, int64_t cols) {
     tile_rows<Into::add>((cols - c >= kPanel ? kPanel : cols - c) / W, g, rows, nullptr);
 }
 
+constexpr int64_t pad_to_width(int64_t n) { return (n + W - 1) / W * W; }
+
 inline void backward(const BackwardTask& t) {
-  const int64_t ldq = (t.headdim + W - 1) / W * W, ldv = (t.headdim_v + W - 1) / W * W;
+  const int64_t ldq = pad_to_width(t.headdim), ldv = pad_to_width(t.headdim_v);
+  const float* const all_q = reinterpret_cast<const float*>(t.queries);
+  const float* const all_dout = all_q + t.row_capacity * ldq;
+  const float* const k_panels = reinterpret_cast<const float*>(t.keys_packed);
+  const float* const v_panels = k_panels + t.keys * t.headdim;
+  const float* const k_strips = v_panels + t.keys * t.headdim_v;
   constexpr int64_t lds = kBackwardBlock + W;
-  float* const p = t.scratch;
+  float* const p = reinterpret_cast<float*>(t.scratch);
   float* const dx = p + kBackwardGroup * lds;
   for (int64_t block = 0; block < t.keys; block += kBackwardBlock) {
     const int64_t block_end = block + kBackwardBlock < t.keys ? block + kBackwardBlock : t.keys;
@@ -100,17 +112,21 @@ inline void backward(const BackwardTask& t) {
       const auto [first, last, partial] = seen_by<kPanel, W>(t.lo + r0, t.hi + r0, rows, block, block_end);
       if (last <= first) continue;
       const int64_t n = last - first;
-      const float *q = t.q + r0 * ldq, *dout = t.dout + r0 * ldv;
+      const float *q = all_q + r0 * ldq, *dout = all_dout + r0 * ldv;
       float *dq = t.dq + r0 * ldq, *dk = t.dk + first * ldq, *dv = t.dv + first * ldv;
 
-      multiply_panels({q, ldq, 1, nullptr, 0, p, lds, t.headdim}, rows, t.k_panels, first, last);
-      multiply_panels({dout, ldv, 1, nullptr, 0, dx, lds, t.headdim_v}, rows, t.v_panels, first, last);
+      for (int64_t j = first; j < last; j += kPanel) {
+        const int64_t end = j + kPanel < last ? j + kPanel : last;
+        prefetch_bias(t.bias, r0, rows, j, end);
+        multiply_panels({q, ldq, 1, nullptr, 0, p + (j - first), lds, t.headdim}, rows, k_panels, j, end);
+      }
+      multiply_panels({dout, ldv, 1, nullptr, 0, dx, lds, t.headdim_v}, rows, v_panels, first, last);
       for (int64_t r = 0; r < rows; ++r) gradient_row(t, r0 + r, p + r * lds, dx + r * lds, first, n, partial);
 
-      if (!(partial && (t.row_special[r0 / kBackwardGroup] || any_special(t.k_special, first, last)))) {
+      if (!(partial && (t.row_special[r0 / kBackwardGroup] || any_special(t.key_special, first, last)))) {
         multiply_rows({p, 1, lds, dout, ldv, dv, ldv, rows}, n, ldv);
         multiply_rows({dx, 1, lds, q, ldq, dk, ldq, rows}, n, ldq);
-        multiply_strips<Into::add>({dx, lds, 1, nullptr, 0, dq, ldq, n}, rows, t.k_strips, t.keys, first, ldq, nullptr);
+        multiply_strips<Into::add>({dx, lds, 1, nullptr, 0, dq, ldq, n}, rows, k_strips, t.keys, first, ldq, nullptr);
         continue;
       }
       for (int64_t r = 0; r < rows; ++r) {
@@ -119,11 +135,57 @@ inline void backward(const BackwardTask& t) {
         const float *p_row = p + r * lds + (lo - first), *dx_row = dx + r * lds + (lo - first);
         multiply_rows({p_row, 1, 0, dout + r * ldv, 0, t.dv + lo * ldv, ldv, 1}, hi - lo, ldv);
         multiply_rows({dx_row, 1, 0, q + r * ldq, 0, t.dk + lo * ldq, ldq, 1}, hi - lo, ldq);
-        multiply_strips<Into::add>({dx_row, lds, 1, nullptr, 0, dq + r * ldq, ldq, hi - lo}, 1, t.k_strips, t.keys, lo,
+        multiply_strips<Into::add>({dx_row, lds, 1, nullptr, 0, dq + r * ldq, ldq, hi - lo}, 1, k_strips, t.keys, lo,
                                    ldq, nullptr);
       }
     }
   }
 }
+
+inline int64_t backward_query_bytes(int64_t rows, int64_t headdim, int64_t headdim_v) {
+  return 4 * rows * (pad_to_width(headdim) + pad_to_width(headdim_v));
+}
+inline int64_t backward_key_bytes(int64_t keys, int64_t headdim, int64_t headdim_v) {
+  return 4 * keys * (headdim + headdim_v + pad_to_width(headdim));
+}
+
+/// q, then dout: (row_capacity, cols padded with zeros to the width).
+inline bool backward_pack_queries(const RowList& q, const RowList& dout, float sign, char* to, int64_t row_capacity,
+                                  int64_t first) {
+  const auto load_padded = [first](const RowList& rows, float factor, float* all_rows) {
+    const int64_t ld = pad_to_width(rows.cols);
+    float* const at = all_rows + first * ld;
+    if (ld > rows.cols) std::memset(at, 0, static_cast<std::size_t>(4 * rows.rows * ld));
+    return load_rows(rows, factor, at, ld);
+  };
+  float* const all_q = reinterpret_cast<float*>(to);
+  const bool special_q = load_padded(q, sign, all_q);
+  return load_padded(dout, 1.0f, all_q + row_capacity * pad_to_width(q.cols)) || special_q;
+}
+
+/// Panels of k, panels of v, strips of k. A special value in v reaches nothing that it should not: u of a key that a
+/// row does not see is overwritten.
+inline bool backward_pack_keys(const RowList& k, const RowList& v, char* to, int64_t keys, int64_t first) {
+  float* const k_panels = reinterpret_cast<float*>(to);
+  float* const v_panels = k_panels + keys * k.cols;
+  pack_panel(k, k_panels + first * k.cols);
+  pack_panel(v, v_panels + first * v.cols);
+  return pack_strips(k, v_panels + keys * v.cols, keys, first);
+}
+
+inline constexpr BackwardKernel kBackwardFp32 = {
+    .name = "fp32",
+    .panel = kPanel,
+    .group = kBackwardGroup,
+    .block = kBackwardBlock,
+    .scratch = 2 * kBackwardGroup * (kBackwardBlock + W) * 4,
+    .query_bytes = backward_query_bytes,
+    .key_bytes = backward_key_bytes,
+    .pack_queries = backward_pack_queries,
+    .pack_keys = backward_pack_keys,
+    .backward = backward,
+    .sum_rows = nullptr,
+    .plain_only = false,
+};
 
 }  // namespace flash_attn::cpu::FLASH_ATTN_ISA

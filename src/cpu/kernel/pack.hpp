@@ -1,4 +1,10 @@
-// Packing: rows of any dtype and stride -> fp32 panels and strips (layouts in kernels.hpp); rows in and out.
+// Packing: rows of any dtype and stride -> fp32 panels and strips; rows in and out.
+//
+//   panels: [rows / P][cols][P]      P rows side by side, transposed: B operand of  X . rows^T
+//   strips: [cols / P][rows_pad][P]  P columns side by side:          B operand of  X . rows   (the last one narrower)
+//
+// P = kPanel. Rows are padded with zeros to a multiple of P, columns of strips to a multiple of the width.
+// Each function returns whether there is an inf or a NaN.
 //
 // A packed element is read rows / 6 times from L1 or L2 at full vector width; packing costs it about half a cycle once.
 
@@ -121,13 +127,10 @@ inline bool load_rows(const RowList& rows, float factor, float* dst, int64_t ld)
   });
 }
 
-inline void dot_rows(const RowList& rows, const float* x, int64_t ld, float* dots) {
-  for (int64_t r = 0; r < rows.rows; ++r) {
+inline void dot_rows(const RowList& x, const RowList& y, float* dots) {
+  for (int64_t r = 0; r < x.rows; ++r) {
     vf sum{};
-    for (int64_t c = 0; c < rows.cols; c += W) {
-      const vf xr = load_as_float(reinterpret_cast<const char*>(x + r * ld + c), DType::f32, 1, rows.cols - c);
-      sum += AnyLoader{}(rows, r, c) * xr;
-    }
+    for (int64_t c = 0; c < x.cols; c += W) sum += AnyLoader{}(x, r, c) * AnyLoader{}(y, r, c);
     dots[r] = sum_lanes(sum);
   }
 }

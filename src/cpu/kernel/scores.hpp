@@ -31,6 +31,14 @@ __attribute__((noinline)) inline void bias_row(float* s, int64_t n, float scale,
   });
 }
 
+/// Asks memory for the bias of rows [r, r + rows) and keys [first, last), which the products before it leave time for.
+FLASH_ATTN_INLINE void prefetch_bias(const RowList& bias, int64_t r, int64_t rows, int64_t first, int64_t last) {
+  if (!bias.row || bias.stride_col != 1) return;
+  const int64_t size = bytes_of(bias.dtype);
+  for (int64_t i = r; i < r + rows; ++i)
+    for (int64_t at = first * size; at < last * size; at += 64) __builtin_prefetch(bias.row[i] + at);
+}
+
 /// What row r of a task adds to scale s, s[0, n) being of keys [first, first + n). Returns the scale left to apply.
 template <class Task>
 FLASH_ATTN_INLINE float add_terms(const Task& t, int64_t r, float* s, int64_t first, int64_t n, float scale) {

@@ -8,6 +8,7 @@
 #include "core/problem.hpp"
 #include "cpu/driver.hpp"
 #include "cpu/kernels_under_test.hpp"
+#include "cpu/plan.hpp"
 #include "support/attention_case.hpp"
 #include "support/compare.hpp"
 
@@ -45,6 +46,40 @@ TEST(CpuBias, EveryBroadcastAndDtype) {
           c.scores.causal = true, c.scores.softcap = softcap;
           expect_as_oracle(c, *kernels, 2e-5);
         }
+      }
+    }
+  }
+}
+
+/// Several splits of the keys, some of which a row or a whole sequence has nothing of.
+TEST(CpuBias, SplitsOfKeys) {
+  for (const cpu::Kernels* kernels : kernels_under_test()) {
+    for (const bool sums : {false, true}) {
+      SCOPED_TRACE(kernels->name);
+      AttentionCase c = AttentionCase::packed(DType::f32, {40, 3, 25}, {1100, 20, 300}, {3, 40, 1100, 2, 1, 16, 16});
+      c.scores.window_left = 400, c.scores.window_right = 30;
+      c.bias = HostTensor::normal(DType::f32, {sums ? 1 : 3, 2, 40, 1100}, 5, 1.0, {{0, 2, 1, 3}, 1, 5});
+      const Problem p = make_problem(c.backward_call());
+      ASSERT_GT(cpu::make_backward_plan(p, *kernels, cpu::backward_kernel(*kernels, p.dtype)).splits, 2);
+      expect_as_oracle(c, *kernels, 2e-5);
+    }
+  }
+}
+
+/// Few rows split their keys in the forward too: what is added and what is dropped counts from the sequence's key 0.
+TEST(CpuBias, FewRows) {
+  for (const cpu::Kernels* kernels : kernels_under_test()) {
+    for (const DType dtype : {DType::f32, DType::bf16, DType::f16}) {
+      for (const double dropout : {0.0, 0.2}) {
+        SCOPED_TRACE(kernels->name);
+        AttentionCase c = AttentionCase::fixed(dtype, {1, 3, 3000, 4, 2, 24, 20});
+        c.bias = HostTensor::normal(DType::f32, {1, 4, 3, 3000}, 5);
+        for (int j = 0; j < 2900; ++j) c.bias.put(-INFINITY, 0, 1, 2, j);  // nothing of the first splits
+        for (int j = 0; j < 3000; ++j) c.bias.put(-INFINITY, 0, 2, 1, j);  // nothing at all
+        c.dropout = {.p = dropout, .seed = 5, .offset = 6};
+        const cpu::AttendKernel& kernel = cpu::attend_kernel(*kernels, dtype);
+        ASSERT_GT(cpu::make_plan(make_problem(c.forward_call()), kernel, kernels->width).splits, 2);
+        expect_as_oracle(c, *kernels, dtype == DType::f32 ? 2e-5 : dtype == DType::bf16 ? 8e-3 : 1e-3);
       }
     }
   }

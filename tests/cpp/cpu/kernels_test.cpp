@@ -22,7 +22,7 @@ TEST_P(EveryIsa, WidensEvery16BitPatternExactly) {
   const char* row = reinterpret_cast<const char*>(bits.data());
   std::vector<float> wide(65536);
   for (DType dtype : {DType::f16, DType::bf16}) {
-    k.load_rows({&row, 1, 65536, 1, dtype}, 1.0f, wide.data(), 65536);
+    k.attend_any->pack_q({&row, 1, 65536, 1, dtype}, 1.0f, reinterpret_cast<char*>(wide.data()));
     for (int i = 0; i < 65536; ++i) {
       const float want = dtype == DType::f16 ? f16_to_float(bits[i]) : bf16_to_float(bits[i]);
       if (std::isnan(want))
@@ -62,27 +62,33 @@ TEST_P(EveryIsa, NarrowsToNearestEven) {
 }
 
 TEST_P(EveryIsa, PanelsAndStripsHoldTheRows) {
-  const cpu::Kernels& k = *GetParam();
+  const cpu::AttendKernel& kernel = *GetParam()->attend_any;
+  const int64_t width = GetParam()->width, panel_rows = kernel.panel;
   for (int64_t cols : {1, 5, 16, 40, 64, 100}) {
-    const int64_t n = k.panel - 3, cols_padded = (cols + k.width - 1) / k.width * k.width;
+    const int64_t n = panel_rows - 3, cols_padded = (cols + width - 1) / width * width;
     std::vector<float> x(static_cast<std::size_t>(n * cols));
     for (std::size_t i = 0; i < x.size(); ++i) x[i] = static_cast<float>(i + 1);
-    std::vector<const char*> rows(static_cast<std::size_t>(k.panel), nullptr);
+    std::vector<const char*> rows(static_cast<std::size_t>(panel_rows), nullptr);
     for (int64_t r = 0; r < n; ++r) rows[r] = reinterpret_cast<const char*>(&x[r * cols]);
-    std::vector<float> panel(static_cast<std::size_t>(k.panel * cols), -1), strips(2 * k.panel * cols_padded, -1);
-    EXPECT_FALSE(k.pack_panel({rows.data(), k.panel, cols, 1, DType::f32}, panel.data()));
-    EXPECT_FALSE(k.pack_strips({rows.data(), k.panel, cols, 1, DType::f32}, strips.data(), 2 * k.panel, k.panel));
-    for (int64_t r = 0; r < k.panel; ++r)
+    std::vector<float> panels(static_cast<std::size_t>(2 * panel_rows * cols), -1),
+        strips(2 * panel_rows * cols_padded, -1);
+    const auto pack = [&](auto kernel_pack, std::vector<float>& to, int64_t first) {
+      return kernel_pack({rows.data(), panel_rows, cols, 1, DType::f32}, reinterpret_cast<char*>(to.data()),
+                         2 * panel_rows, first);
+    };
+    EXPECT_FALSE(pack(kernel.pack_k, panels, panel_rows));
+    EXPECT_FALSE(pack(kernel.pack_v, strips, panel_rows));
+    for (int64_t r = 0; r < panel_rows; ++r)
       for (int64_t c = 0; c < cols; ++c) {
         const float want = r < n ? x[r * cols + c] : 0.0f;
-        EXPECT_EQ(panel[c * k.panel + r], want);
-        const int64_t strip = c / k.panel * k.panel, width = std::min(k.panel, cols_padded - strip);
-        EXPECT_EQ(strips[strip * 2 * k.panel + (k.panel + r) * width + c - strip], want);
+        EXPECT_EQ(panels[(cols + c) * panel_rows + r], want);
+        const int64_t strip = c / panel_rows * panel_rows, strip_width = std::min(panel_rows, cols_padded - strip);
+        EXPECT_EQ(strips[strip * 2 * panel_rows + (panel_rows + r) * strip_width + c - strip], want);
       }
     x[static_cast<std::size_t>(n * cols) - 1] = NAN;
-    EXPECT_TRUE(k.pack_panel({rows.data(), k.panel, cols, 1, DType::f32}, panel.data()));
+    EXPECT_TRUE(pack(kernel.pack_k, panels, 0));
     x[static_cast<std::size_t>(n * cols) - 1] = -INFINITY;
-    EXPECT_TRUE(k.pack_strips({rows.data(), k.panel, cols, 1, DType::f32}, strips.data(), 2 * k.panel, 0));
+    EXPECT_TRUE(pack(kernel.pack_v, strips, 0));
   }
 }
 
@@ -93,16 +99,18 @@ TEST_P(EveryIsa, NothingBeyondARowIsTouched) {
       static_cast<char*>(mmap(nullptr, 2 * page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
   ASSERT_NE(memory, MAP_FAILED);
   ASSERT_EQ(mprotect(memory + page, page, PROT_NONE), 0);  // reading or writing here ends the test
-  std::vector<float> wide(4096), panel(static_cast<std::size_t>(k.panel * 128));
+  const cpu::AttendKernel& kernel = *k.attend_any;
+  std::vector<float> wide(4096), packed(static_cast<std::size_t>(kernel.panel * 128));
+  char* const pack = reinterpret_cast<char*>(packed.data());
   const float one = 1.0f;
   for (DType dtype : {DType::f32, DType::bf16, DType::f16}) {
     for (int64_t cols = 1; cols <= 100; ++cols) {
       const char* const row = memory + page - static_cast<std::size_t>(cols) * size_of(dtype);
       const cpu::RowList rows{&row, 1, cols, 1, dtype};
-      k.load_rows(rows, 1.0f, wide.data(), 128);
-      k.pack_panel(rows, panel.data());
-      k.pack_strips(rows, panel.data(), 1, 0);
-      k.dot_rows(rows, wide.data(), 128, wide.data() + 128);
+      kernel.pack_q(rows, 1.0f, pack);
+      kernel.pack_k(rows, pack, kernel.panel, 0);
+      kernel.pack_v(rows, pack, 1, 0);
+      k.dot_rows(rows, rows, wide.data());
       k.store_rows(rows, &one, wide.data(), 128);
     }
   }

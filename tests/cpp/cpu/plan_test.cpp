@@ -66,7 +66,7 @@ TEST(Plan, WorkspaceIsLinearInSeqlen) {
   const auto bytes = [&](int64_t seqlen) {
     p.max_seqlen_q = p.max_seqlen_k = seqlen;
     const cpu::Plan f = cpu::make_plan(p, *k.attend_f32, k.width);
-    const cpu::BackwardPlan b = cpu::make_backward_plan(p, k);
+    const cpu::BackwardPlan b = cpu::make_backward_plan(p, k, *k.backward_f32);
     return f.workspace_shared + f.workspace_per_worker + b.workspace_shared + b.workspace_per_worker;
   };
   EXPECT_LE(bytes(int64_t{1} << 20), 2.2 * static_cast<double>(bytes(int64_t{1} << 19)));
@@ -77,12 +77,12 @@ TEST(Plan, FewHeadsOfTheBackwardAreSplit) {
   Problem p;
   p.batch = 1, p.nheads = p.nheads_k = 1, p.headdim = p.headdim_v = 64;
   p.max_seqlen_q = p.max_seqlen_k = 4096;
-  const cpu::BackwardPlan one = cpu::make_backward_plan(p, k);
+  const cpu::BackwardPlan one = cpu::make_backward_plan(p, k, *k.backward_f32);
   EXPECT_GT(one.splits, 1);
   EXPECT_GE(one.splits * one.keys_per_split, p.max_seqlen_k);
-  EXPECT_EQ(one.keys_per_split % k.panel, 0);
+  EXPECT_EQ(one.keys_per_split % k.backward_f32->block, 0);
   p.nheads = p.nheads_k = 64;
-  EXPECT_EQ(cpu::make_backward_plan(p, k).splits, 1);
+  EXPECT_EQ(cpu::make_backward_plan(p, k, *k.backward_f32).splits, 1);
 }
 
 /// Heads whose sums of dbias meet share an owner, no others do; tasks that take turns are made up for by splits.
@@ -103,11 +103,11 @@ TEST(Plan, OneOwnerForEachSumOfDbias) {
       const int64_t owners = batch * (nheads == 1 ? 1 : 4);
       EXPECT_EQ(static_cast<int64_t>(heads.size()), owners);
       for (const auto& [owner, count] : heads) EXPECT_EQ(count, 64 / owners);
-      EXPECT_GE(owners * cpu::make_backward_plan(p, k).splits, 16);
+      EXPECT_GE(owners * cpu::make_backward_plan(p, k, *k.backward_f32).splits, 16);
       p.dbias = {};
       EXPECT_NE(cpu::dbias_owner(p, 0, 0), cpu::dbias_owner(p, 1, 0));
       EXPECT_NE(cpu::dbias_owner(p, 0, 0), cpu::dbias_owner(p, 0, 1));
-      EXPECT_EQ(cpu::make_backward_plan(p, k).splits, 1);
+      EXPECT_EQ(cpu::make_backward_plan(p, k, *k.backward_f32).splits, 1);
     }
 }
 
