@@ -18,7 +18,8 @@ namespace cpu {
 #if defined(__x86_64__)
 namespace amx {
 extern const AttendKernel attend_bf16, attend_f16;
-}
+extern const BackwardKernel backward_bf16, backward_f16;
+}  // namespace amx
 namespace avx512 {
 extern const Kernels kernels;
 }
@@ -59,12 +60,13 @@ static bool amx_runs() {
 #endif
 }
 
-/// AVX-512 with the forward of 16-bit numbers on tiles.
+/// AVX-512 with 16-bit numbers on tiles.
 static const Kernels* amx_kernels() {
   static const Kernels kernels = [] {
     Kernels k = avx512::kernels;
     k.name = "amx";
     k.attend_bf16 = &amx::attend_bf16, k.attend_f16 = &amx::attend_f16;
+    k.backward_bf16 = &amx::backward_bf16, k.backward_f16 = &amx::backward_f16;
     return k;
   }();
   return &kernels;

@@ -26,13 +26,13 @@ struct Tiles {
   static int64_t v_bytes(int64_t keys, int64_t headdim_v) { return kParts * 2 * keys * pad_to(headdim_v, kTile); }
 
   /// Parts of columns [c, c + 32) of row r times factor, `distance` apart; zeros beyond the row, and for rows beyond
-  /// the list. Returns whether they could be split.
+  /// the list. Returns whether all are finite and can be split.
   static bool load_parts(const RowList& rows, int64_t r, int64_t c, float factor, bf16* to, int64_t distance) {
     const char* const row = r < rows.rows ? rows.row[r] : nullptr;
     if constexpr (kParts == 1) {
       if (row && rows.stride_col == 1 && c + kDepth <= rows.cols && factor == 1.0f) {  // as it is
         std::memcpy(to, row + 2 * c, 2 * kDepth);
-        return true;
+        return all_finite(to);
       }
     }
     constexpr AnyLoader load{};
@@ -40,7 +40,7 @@ struct Tiles {
     if (row && c < rows.cols) a = load(rows, r, c) * factor;
     if (row && c + W < rows.cols) b = load(rows, r, c + W) * factor;
     store_parts<kParts>(to, distance, a, b);
-    return splits<kParts>(a) && splits<kParts>(b);
+    return kParts == 1 ? all_finite(to) : splits(a) && splits(b);
   }
 
   static bool pack_q(const RowList& rows, float sign, char* to) {
@@ -72,8 +72,7 @@ struct Tiles {
     return !plain;
   }
 
-  /// Two keys interleaved, two tiles of 16 columns at a time. A value that is inf or NaN is special for any number of
-  /// parts: p may be 0 for it.
+  /// Two keys interleaved, two tiles of 16 columns at a time.
   static bool pack_v(const RowList& rows, char* to, int64_t keys, int64_t first) {
     const int64_t d = pad_to(rows.cols, kTile);
     bool plain = true;
@@ -82,7 +81,6 @@ struct Tiles {
         alignas(64) bf16 even[kParts][kDepth], odd[kParts][kDepth];
         plain &= load_parts(rows, r, c, 1.0f, even[0], kDepth);
         plain &= load_parts(rows, r + 1, c, 1.0f, odd[0], kDepth);
-        plain &= all_finite(even[0]) && all_finite(odd[0]);
         for (int part = 0; part < kParts; ++part) {
           bf16* const line = reinterpret_cast<bf16*>(to) + part * keys * d + c * keys + first * kTile + r * kTile;
           interleave<0>(even[part], odd[part], line);
@@ -187,7 +185,7 @@ struct Tiles {
     float* s;
     Background& background;
     FLASH_ATTN_INLINE void operator()(int64_t j, vf a, vf b) const {
-      store_probabilities(reinterpret_cast<bf16*>(s + j), kDepth, a, b);
+      store_two_parts(reinterpret_cast<bf16*>(s + j), kDepth, a, b);
       background.turn();
     }
   };

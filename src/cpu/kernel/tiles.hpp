@@ -65,19 +65,31 @@ FLASH_ATTN_INLINE void store_parts(bf16* to, int64_t distance, vf a, vf b) {
   }
 }
 
-/// p >= 0 in two parts. Cut instead of rounded, the first costs one operation less and the second is as exact.
-FLASH_ATTN_INLINE void store_probabilities(bf16* to, int64_t distance, vf a, vf b) {
-  const vf a0 = as_float(as_int(a) & static_cast<int32_t>(0xffff0000));
-  const vf b0 = as_float(as_int(b) & static_cast<int32_t>(0xffff0000));
-  const v32h part0 = to_bf16_pair(a0, b0), part1 = to_bf16_pair(a - a0, b - b0);
+/// x cut to a bf16 towards zero; x - cut(x) is exact.
+FLASH_ATTN_INLINE vf cut(vf x) { return as_float(as_int(x) & static_cast<int32_t>(0xffff0000)); }
+
+/// Two parts of two vectors. Cut instead of rounded, the first costs one operation less and the second is as exact.
+FLASH_ATTN_INLINE void store_two_parts(bf16* to, int64_t distance, vf a, vf b) {
+  const v32h part0 = to_bf16_pair(cut(a), cut(b)), part1 = to_bf16_pair(a - cut(a), b - cut(b));
   std::memcpy(to, &part0, sizeof part0);
   std::memcpy(to + distance, &part1, sizeof part1);
 }
 
+/// Two parts of two rows of n: lane i of a part is the pair (upper_i, lower_i). They take the place of the rows.
+FLASH_ATTN_INLINE void pair_rows(float* upper, float* lower, int64_t n) {
+  using vu = uint32_t __attribute__((vector_size(4 * W)));
+  const auto pairs = [](vf x, vf y) {
+    return as_float(reinterpret_cast<vi>(reinterpret_cast<vu>(x) >> 16) | as_int(cut(y)));
+  };
+  for (int64_t j = 0; j < n; j += W) {
+    const vf a = load(upper + j), b = load(lower + j);
+    store(upper + j, pairs(a, b));
+    store(lower + j, pairs(a - cut(a), b - cut(b)));
+  }
+}
+
 /// Whether all of x can be split: finite, and zero or far from bf16's denormals, which tiles take for zero.
-template <int kParts>
 FLASH_ATTN_INLINE bool splits(vf x) {
-  if constexpr (kParts == 1) return true;
   const __mmask16 large = _mm512_cmp_ps_mask(abs(x), _mm512_set1_ps(0x1p127f), _CMP_NLT_UQ);
   const __mmask16 small = _mm512_cmp_ps_mask(abs(x), _mm512_set1_ps(0x1p-100f), _CMP_LT_OQ);
   const __mmask16 zero = _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_EQ_OQ);
@@ -113,14 +125,16 @@ struct Pairs {
   Pair at[4];
 };
 inline constexpr Pairs kScorePairs[2] = {{1, {{0, 0}}}, {4, {{1, 1}, {1, 0}, {0, 1}, {0, 0}}}};
-inline constexpr Pairs kOutputPairs[2] = {{2, {{1, 0}, {0, 0}}}, {3, {{1, 0}, {0, 1}, {0, 0}}}};
+inline constexpr Pairs kOutputPairs[2] = {{2, {{1, 0}, {0, 0}}}, {3, {{1, 0}, {0, 1}, {0, 0}}}};  // p is operand A
+inline constexpr Pairs kKeySumPairs[2] = {{2, {{0, 1}, {0, 0}}}, {3, {{1, 0}, {0, 1}, {0, 0}}}};  // p is operand B
 
 /// C (+)= A . B: C is one or two tiles high and `columns` tiles wide, A and B are `steps` tiles deep. Two columns of C
 /// after two.
 struct TileSweep {
   const bf16* a;
   int64_t lda, a_step, a_part;  // elements
-  const bf16* b;                // column j of tiles at b + j * b_column, its steps one after the other
+  const bf16* b;                // step i of column j of tiles at b + i * b_step + j * b_column
+  int64_t ldb = kDepth, b_step = kTileSize;
   int64_t b_column, b_part;
   float* c;
   int64_t ldc;
@@ -150,11 +164,11 @@ class TileStream {
 
   FLASH_ATTN_INLINE void unit() {
     const TileSweep& w = sweep_;
-    FLASH_ATTN_TILE_LOAD(6, b_, 64);
+    FLASH_ATTN_TILE_LOAD(6, b_, w.ldb * 2);
     FLASH_ATTN_TILE_LOAD(4, a_, w.lda * 2);
     FLASH_ATTN_TILE_MULTIPLY(0, 4, 6);
     if (two_columns_) {
-      FLASH_ATTN_TILE_LOAD(7, b_ + w.b_column, 64);
+      FLASH_ATTN_TILE_LOAD(7, b_ + w.b_column, w.ldb * 2);
       FLASH_ATTN_TILE_MULTIPLY(1, 4, 7);
     }
     if (w.two_rows) {
@@ -162,7 +176,7 @@ class TileStream {
       FLASH_ATTN_TILE_MULTIPLY(2, 5, 6);
       if (two_columns_) FLASH_ATTN_TILE_MULTIPLY(3, 5, 7);
     }
-    a_ += w.a_step, b_ += kTileSize, --left_;
+    a_ += w.a_step, b_ += w.b_step, --left_;
     if (--steps_ == 0) next();
   }
 

@@ -10,6 +10,7 @@ namespace flash_attn::test {
 
 #if defined(__x86_64__)
 extern const cpu::AttendKernel emulated_bf16, emulated_f16;
+extern const cpu::BackwardKernel emulated_backward_bf16, emulated_backward_f16;
 #endif
 
 inline std::vector<const cpu::Kernels*> kernels_under_test() {
@@ -21,6 +22,7 @@ inline std::vector<const cpu::Kernels*> kernels_under_test() {
       cpu::Kernels copy = *k;
       copy.name = "emulated_amx";
       copy.attend_bf16 = &emulated_bf16, copy.attend_f16 = &emulated_f16;
+      copy.backward_bf16 = &emulated_backward_bf16, copy.backward_f16 = &emulated_backward_f16;
       return copy;
     }();
     all.push_back(&emulated);
