@@ -5,15 +5,16 @@
 // product costs nothing and the high half a shift. A round of W / 2 counters is 2 products, 2 shifts and 2 exclusive
 // ors of three; bringing their words into the order of the keys takes 4 operations, 2 shuffles and 2 stores.
 //
-// Operations for 8 W keys: 2 x (60 + 8), then 3 for each of 8 vectors of p (widen, compare, select): 160. Their scores
-// take 8 x (2 d + 12): dropout adds 14 % at d = 64 and 7 % at d = 128, and less where the products run on tiles.
+// Operations for 8 W keys: 2 x (60 + 8), then 2 for each of 8 vectors of p (compare, select; one more where there are
+// no masks): 152. In fp32 their scores take 8 x (2 d + 12): dropout adds 14 % at d = 64 and 7 % at d = 128. On tiles,
+// which leave the vector units little but the softmax, it adds more.
 
 namespace flash_attn::cpu::FLASH_ATTN_ISA {
 
 /// Which counter a lane holds: the even lanes the first W / 4, the odd lanes the next (see side_by_side).
 FLASH_ATTN_INLINE vq lane_counters() {
   vq x{};
-  for (int i = 0; i < W / 2; ++i) x[i] = static_cast<uint64_t>(i % 2 * (W / 4) + i / 2);
+  for (uint64_t i = 0; i < W / 2; ++i) x[i] = i % 2 * (W / 4) + i / 2;
   return x;
 }
 
