@@ -26,13 +26,16 @@ struct Tiles {
   static int64_t v_bytes(int64_t keys, int64_t headdim_v) { return kParts * 2 * keys * pad_to(headdim_v, kTile); }
 
   /// Parts of columns [c, c + 32) of row r times factor, `distance` apart; zeros beyond the row, and for rows beyond
-  /// the list. Returns whether all are finite and can be split.
-  static bool load_parts(const RowList& rows, int64_t r, int64_t c, float factor, bf16* to, int64_t distance) {
+  /// the list.
+  FLASH_ATTN_INLINE static void load_parts(const RowList& rows, int64_t r, int64_t c, float factor, bf16* to,
+                                           int64_t distance, PartlessFinder& finder) {
     const char* const row = r < rows.rows ? rows.row[r] : nullptr;
     if constexpr (kParts == 1) {
       if (row && rows.stride_col == 1 && c + kDepth <= rows.cols && factor == 1.0f) {  // as it is
-        std::memcpy(to, row + 2 * c, 2 * kDepth);
-        return all_finite(to);
+        v32h x;
+        std::memcpy(&x, row + 2 * c, sizeof x);
+        std::memcpy(to, &x, sizeof x);
+        return finder.see(x);
       }
     }
     constexpr AnyLoader load{};
@@ -40,27 +43,29 @@ struct Tiles {
     if (row && c < rows.cols) a = load(rows, r, c) * factor;
     if (row && c + W < rows.cols) b = load(rows, r, c + W) * factor;
     store_parts<kParts>(to, distance, a, b);
-    return kParts == 1 ? all_finite(to) : splits(a) && splits(b);
+    if constexpr (kParts == 1)
+      finder.see(to_bf16_pair(a, b));
+    else
+      finder.see(a), finder.see(b);
   }
 
   static bool pack_q(const RowList& rows, float sign, char* to) {
     const int64_t d = pad_to(rows.cols, kDepth), padded = pad_to(rows.rows, kTileGroup);
-    bool plain = true;
+    PartlessFinder finder;
     for (int64_t r = 0; r < padded; ++r)
       for (int64_t c = 0; c < d; c += kDepth)
-        plain &= load_parts(rows, r, c, sign, reinterpret_cast<bf16*>(to) + r * d + c, padded * d);
-    return !plain;
+        load_parts(rows, r, c, sign, reinterpret_cast<bf16*>(to) + r * d + c, padded * d, finder);
+    return finder.found();
   }
 
   /// 16 keys x 32 columns at a time: each key is 16 pairs, and a tile is the transpose of 16 x 16 pairs.
   static bool pack_k(const RowList& rows, char* to, int64_t keys, int64_t first) {
     const int64_t d = pad_to(rows.cols, kDepth);
-    bool plain = true;
+    PartlessFinder finder;
     for (int64_t r0 = 0; r0 < kTileKeys; r0 += kTile)
       for (int64_t c = 0; c < d; c += kDepth) {
         alignas(64) bf16 lines[kParts][kTileSize];
-        for (int64_t r = 0; r < kTile; ++r)
-          plain &= load_parts(rows, r0 + r, c, 1.0f, lines[0] + r * kDepth, kTileSize);
+        for (int64_t r = 0; r < kTile; ++r) load_parts(rows, r0 + r, c, 1.0f, lines[0] + r * kDepth, kTileSize, finder);
         for (int part = 0; part < kParts; ++part) {
           vf x[W];
           for (int i = 0; i < W; ++i) x[i] = load(reinterpret_cast<const float*>(lines[part] + i * kDepth));
@@ -69,25 +74,25 @@ struct Tiles {
           for (int i = 0; i < W; ++i) store(reinterpret_cast<float*>(tile + i * kDepth), x[i]);
         }
       }
-    return !plain;
+    return finder.found();
   }
 
   /// Two keys interleaved, two tiles of 16 columns at a time.
   static bool pack_v(const RowList& rows, char* to, int64_t keys, int64_t first) {
     const int64_t d = pad_to(rows.cols, kTile);
-    bool plain = true;
+    PartlessFinder finder;
     for (int64_t r = 0; r < kTileKeys; r += 2)
       for (int64_t c = 0; c < d; c += kDepth) {
         alignas(64) bf16 even[kParts][kDepth], odd[kParts][kDepth];
-        plain &= load_parts(rows, r, c, 1.0f, even[0], kDepth);
-        plain &= load_parts(rows, r + 1, c, 1.0f, odd[0], kDepth);
+        load_parts(rows, r, c, 1.0f, even[0], kDepth, finder);
+        load_parts(rows, r + 1, c, 1.0f, odd[0], kDepth, finder);
         for (int part = 0; part < kParts; ++part) {
           bf16* const line = reinterpret_cast<bf16*>(to) + part * keys * d + c * keys + first * kTile + r * kTile;
           interleave<0>(even[part], odd[part], line);
           if (c + kTile < d) interleave<kTile>(even[part], odd[part], line + kTile * keys);
         }
       }
-    return !plain;
+    return finder.found();
   }
 
   /// A score tile: rows [r0, r0 + rows) against keys [first, first + n).
@@ -159,7 +164,7 @@ struct Tiles {
 
   /// p of the item before and q of the item after, a unit now and then, evenly over `calls` calls.
   struct Background {
-    TileStream stream;
+    TileStream<> stream;
     TileSweep after{};
     bool has_after = false;
     int64_t units = 0, calls = 1, credit = 0;

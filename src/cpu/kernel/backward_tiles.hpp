@@ -63,21 +63,20 @@ struct BackwardTiles {
                            int64_t first) {
     const Queries at = queries(row_capacity, q.cols, dout.cols);
     bf16* const all = reinterpret_cast<bf16*>(to);
-    const bool plain_q = pack_rows(q, sign, all + at.q(), all + at.q_transposed(), row_capacity, first);
-    const bool plain_dout = pack_rows(dout, 1.0f, all + at.dout(), all + at.dout_transposed(), row_capacity, first);
-    return !(plain_q && plain_dout);
+    const bool special = pack_rows(q, sign, all + at.q(), all + at.q_transposed(), row_capacity, first);
+    return pack_rows(dout, 1.0f, all + at.dout(), all + at.dout_transposed(), row_capacity, first) || special;
   }
 
   /// Rows [first, first + 64) as they are and transposed, 32 rows x 32 columns at a time.
   static bool pack_rows(const RowList& rows, float factor, bf16* straight, bf16* transposed, int64_t row_capacity,
                         int64_t first) {
     const int64_t d = pad_to(rows.cols, kDepth), part_size = row_capacity * d;
-    bool plain = true;
+    PartlessFinder finder;
     for (int64_t r0 = 0; r0 < kBackwardTileGroup; r0 += kDepth)
       for (int64_t c = 0; c < d; c += kDepth) {
         bf16* const block = straight + (first + r0) * d + c;
         for (int64_t r = 0; r < kDepth; ++r)
-          plain &= Forward::load_parts(rows, r0 + r, c, factor, block + r * d, part_size);
+          Forward::load_parts(rows, r0 + r, c, factor, block + r * d, part_size, finder);
         for (int part = 0; part < kParts; ++part) {
           const bf16* const from = block + part * part_size;
           transpose_pairs<0>(from, d, transposed + part * part_size + c * row_capacity + first + r0, row_capacity);
@@ -85,7 +84,7 @@ struct BackwardTiles {
                                  row_capacity);
         }
       }
-    return plain;
+    return finder.found();
   }
   /// Columns [kFrom, kFrom + 16) of 32 rows: column c -> to + c * ld, the pairs of rows (i, i + 16).
   template <int kFrom>
@@ -106,72 +105,71 @@ struct BackwardTiles {
     int64_t halves() const { return (rows + kDepth - 1) / kDepth; }
   };
 
-  static void run(TileStream& tiles, const TileSweep& sweep) {
+  template <class Stream>
+  static void run(const TileSweep& sweep) {
+    Stream tiles;
     tiles.start(sweep);
     while (tiles.busy()) tiles.unit();
   }
 
   /// s (rows, lds) = a b^T, with a of q or dout and b of k or v; `cols` padded to 32.
-  static void scores(TileStream& tiles, const Item& x, const bf16* a, int64_t a_part, const char* b, int64_t b_part,
-                     int64_t cols, float* s) {
+  static void scores(const Item& x, const bf16* a, int64_t a_part, const char* b, int64_t b_part, int64_t cols,
+                     float* s) {
     for (int64_t r = 0; r < x.rows; r += kDepth)
-      run(tiles, {.a = a + (x.r0 + r) * cols,
-                  .lda = cols,
-                  .a_step = kDepth,
-                  .a_part = a_part,
-                  .b = reinterpret_cast<const bf16*>(b) + x.first * cols,
-                  .b_column = kTile * cols,
-                  .b_part = b_part,
-                  .c = s + r * lds,
-                  .ldc = lds,
-                  .steps = cols / kDepth,
-                  .columns = x.n / kTile,
-                  .pairs = &kScorePairs[kParts - 1],
-                  .two_rows = x.rows - r > kTile,
-                  .add = false});
+      run<TileStream<>>({.a = a + (x.r0 + r) * cols,
+                         .lda = cols,
+                         .a_step = kDepth,
+                         .a_part = a_part,
+                         .b = reinterpret_cast<const bf16*>(b) + x.first * cols,
+                         .b_column = kTile * cols,
+                         .b_part = b_part,
+                         .c = s + r * lds,
+                         .ldc = lds,
+                         .steps = cols / kDepth,
+                         .columns = x.n / kTile,
+                         .pairs = &kScorePairs[kParts - 1],
+                         .two_rows = x.rows - r > kTile,
+                         .add = false});
   }
 
   /// sums (cols, keys) += a^T p, with a of q or dout, transposed, and p of p or dx, in pairs of rows.
-  static void key_sums(TileStream& tiles, const BackwardTask& t, const Item& x, const bf16* a, int64_t a_part,
-                       const float* p, int64_t cols, float* sums) {
+  static void key_sums(const BackwardTask& t, const Item& x, const bf16* a, int64_t a_part, const float* p,
+                       int64_t cols, float* sums) {
     for (int64_t c = 0; c < cols; c += kDepth)
-      run(tiles, {.a = a + c * t.row_capacity + x.r0,
-                  .lda = t.row_capacity,
-                  .a_step = kDepth,
-                  .a_part = a_part,
-                  .b = reinterpret_cast<const bf16*>(p),
-                  .ldb = 2 * lds,
-                  .b_step = 2 * kDepth * lds,
-                  .b_column = 2 * kTile,
-                  .b_part = 2 * kTile * lds,
-                  .c = sums + c * t.keys + x.first,
-                  .ldc = t.keys,
-                  .steps = x.halves(),
-                  .columns = x.n / kTile,
-                  .pairs = &kKeySumPairs[kParts - 1],
-                  .two_rows = cols - c > kTile,
-                  .add = true});
+      run<TileStream<2 * lds, kDepth * 2 * lds>>({.a = a + c * t.row_capacity + x.r0,
+                                                  .lda = t.row_capacity,
+                                                  .a_step = kDepth,
+                                                  .a_part = a_part,
+                                                  .b = reinterpret_cast<const bf16*>(p),
+                                                  .b_column = 2 * kTile,
+                                                  .b_part = 2 * kTile * lds,
+                                                  .c = sums + c * t.keys + x.first,
+                                                  .ldc = t.keys,
+                                                  .steps = x.halves(),
+                                                  .columns = x.n / kTile,
+                                                  .pairs = &kKeySumPairs[kParts - 1],
+                                                  .two_rows = cols - c > kTile,
+                                                  .add = true});
   }
 
   /// dq (rows, ld) += dx k.
-  static void query_sums(TileStream& tiles, const BackwardTask& t, const Item& x, const bf16* dx, const char* k,
-                         float* dq) {
+  static void query_sums(const BackwardTask& t, const Item& x, const bf16* dx, const char* k, float* dq) {
     const int64_t d = pad_to(t.headdim, kTile);
     for (int64_t r = 0; r < x.rows; r += kDepth)
-      run(tiles, {.a = dx + r * 2 * lds,
-                  .lda = 2 * lds,
-                  .a_step = 2 * kDepth,
-                  .a_part = kDepth,
-                  .b = reinterpret_cast<const bf16*>(k) + x.first * kTile,
-                  .b_column = kTile * t.keys,
-                  .b_part = t.keys * d,
-                  .c = dq + (x.r0 + r) * d,
-                  .ldc = d,
-                  .steps = x.n / kDepth,
-                  .columns = d / kTile,
-                  .pairs = &kOutputPairs[kParts - 1],
-                  .two_rows = x.rows - r > kTile,
-                  .add = true});
+      run<TileStream<>>({.a = dx + r * 2 * lds,
+                         .lda = 2 * lds,
+                         .a_step = 2 * kDepth,
+                         .a_part = kDepth,
+                         .b = reinterpret_cast<const bf16*>(k) + x.first * kTile,
+                         .b_column = kTile * t.keys,
+                         .b_part = t.keys * d,
+                         .c = dq + (x.r0 + r) * d,
+                         .ldc = d,
+                         .steps = x.n / kDepth,
+                         .columns = d / kTile,
+                         .pairs = &kOutputPairs[kParts - 1],
+                         .two_rows = x.rows - r > kTile,
+                         .add = true});
   }
 
   /// p and dx of a group, in fp32, become the operands of the sums. Rows that pad it are 0.
@@ -194,7 +192,6 @@ struct BackwardTiles {
     float* const dx = p + kBackwardTileGroup * lds;
     auto* const dx_rows = reinterpret_cast<bf16*>(dx + kBackwardTileGroup * lds);
     begin_tiles();
-    TileStream tiles;
     for (int64_t block = 0; block < t.keys; block += kBackwardTileBlock) {
       const int64_t block_end = block + kBackwardTileBlock < t.keys ? block + kBackwardTileBlock : t.keys;
       for (int64_t r0 = 0; r0 < t.rows; r0 += kBackwardTileGroup) {
@@ -202,14 +199,14 @@ struct BackwardTiles {
         const auto [first, last, partial] = seen_by<kTileKeys, kTileKeys>(t.lo + r0, t.hi + r0, rows, block, block_end);
         if (last <= first) continue;
         const Item x{r0, rows, first, last - first};
-        scores(tiles, x, q + at.q(), at.rows * at.d, t.keys_packed, t.keys * at.d, at.d, p);
-        scores(tiles, x, q + at.dout(), at.rows * at.dv, t.keys_packed + packs.v(), t.keys * at.dv, at.dv, dx);
+        scores(x, q + at.q(), at.rows * at.d, t.keys_packed, t.keys * at.d, at.d, p);
+        scores(x, q + at.dout(), at.rows * at.dv, t.keys_packed + packs.v(), t.keys * at.dv, at.dv, dx);
         for (int64_t r = 0; r < rows; ++r)
           gradient_row<kBackwardTileBlock>(t, r0 + r, p + r * lds, dx + r * lds, first, x.n, partial);
         split(x, p, dx, dx_rows);
-        key_sums(tiles, t, x, q + at.dout_transposed(), at.rows * at.dv, p, pad_to(t.headdim_v, kTile), t.dv);
-        key_sums(tiles, t, x, q + at.q_transposed(), at.rows * at.d, dx, pad_to(t.headdim, kTile), t.dk);
-        query_sums(tiles, t, x, dx_rows, t.keys_packed + packs.k_rows(), t.dq);
+        key_sums(t, x, q + at.dout_transposed(), at.rows * at.dv, p, pad_to(t.headdim_v, kTile), t.dv);
+        key_sums(t, x, q + at.q_transposed(), at.rows * at.d, dx, pad_to(t.headdim, kTile), t.dk);
+        query_sums(t, x, dx_rows, t.keys_packed + packs.k_rows(), t.dq);
       }
     }
     end_tiles();

@@ -88,19 +88,28 @@ FLASH_ATTN_INLINE void pair_rows(float* upper, float* lower, int64_t n) {
   }
 }
 
-/// Whether all of x can be split: finite, and zero or far from bf16's denormals, which tiles take for zero.
-FLASH_ATTN_INLINE bool splits(vf x) {
-  const __mmask16 large = _mm512_cmp_ps_mask(abs(x), _mm512_set1_ps(0x1p127f), _CMP_NLT_UQ);
-  const __mmask16 small = _mm512_cmp_ps_mask(abs(x), _mm512_set1_ps(0x1p-100f), _CMP_LT_OQ);
-  const __mmask16 zero = _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_EQ_OQ);
-  return (large | (small & ~zero)) == 0;
-}
+/// Looks for numbers that have no parts: inf and NaN; in fp32 also what is too large to round, or so small that a part
+/// could be a denormal, which tiles take for zero.
+class PartlessFinder {
+ public:
+  FLASH_ATTN_INLINE void see(v32h x) {
+    const v32h magnitude = x & 0x7fff;
+    largest_ = magnitude > largest_ ? magnitude : largest_;
+  }
+  FLASH_ATTN_INLINE void see(vf x) {
+    large_ |= _mm512_cmp_ps_mask(abs(x), _mm512_set1_ps(0x1p127f), _CMP_NLT_UQ);
+    small_ |= _mm512_mask_cmp_ps_mask(_mm512_cmp_ps_mask(x, vf{}, _CMP_NEQ_UQ), abs(x), _mm512_set1_ps(0x1p-100f),
+                                      _CMP_LT_OQ);
+  }
+  bool found() const {
+    return (large_ | small_) != 0 ||
+           _mm512_cmpge_epu16_mask(reinterpret_cast<__m512i>(largest_), _mm512_set1_epi16(0x7f80)) != 0;
+  }
 
-/// Whether none of 32 bf16 is an inf or a NaN.
-FLASH_ATTN_INLINE bool all_finite(const bf16* x) {
-  const __m512i exponent = _mm512_set1_epi16(0x7f80);
-  return _mm512_cmpeq_epi16_mask(_mm512_and_si512(_mm512_load_si512(x), exponent), exponent) == 0;
-}
+ private:
+  v32h largest_{};
+  __mmask16 large_ = 0, small_ = 0;
+};
 
 /// a0 b0 a1 b1 ... of 16 elements each, from element kFrom on.
 template <int kFrom, int... kPair>
@@ -133,8 +142,7 @@ inline constexpr Pairs kKeySumPairs[2] = {{2, {{0, 1}, {0, 0}}}, {3, {{1, 0}, {0
 struct TileSweep {
   const bf16* a;
   int64_t lda, a_step, a_part;  // elements
-  const bf16* b;                // step i of column j of tiles at b + i * b_step + j * b_column
-  int64_t ldb = kDepth, b_step = kTileSize;
+  const bf16* b;                // column j of tiles at b + j * b_column
   int64_t b_column, b_part;
   float* c;
   int64_t ldc;
@@ -149,6 +157,10 @@ struct TileSweep {
 /// Sweeps that run a unit at a time between other instructions. The vector units and the tile unit work in parallel as
 /// far as the processor looks ahead (about 500 operations), so products must stand close to the exponentials that hide
 /// them. Accumulators stay in tiles 0 - 3 from unit to unit.
+///
+/// A tile of B has its rows kLdb elements apart, and the next step's tile begins kStep elements after it: constants, as
+/// the unit is short of registers. By default tiles are packed.
+template <int64_t kLdb = kDepth, int64_t kStep = kTileSize>
 class TileStream {
  public:
   void start(const TileSweep& sweep) {
@@ -164,11 +176,11 @@ class TileStream {
 
   FLASH_ATTN_INLINE void unit() {
     const TileSweep& w = sweep_;
-    FLASH_ATTN_TILE_LOAD(6, b_, w.ldb * 2);
+    FLASH_ATTN_TILE_LOAD(6, b_, kLdb * 2);
     FLASH_ATTN_TILE_LOAD(4, a_, w.lda * 2);
     FLASH_ATTN_TILE_MULTIPLY(0, 4, 6);
     if (two_columns_) {
-      FLASH_ATTN_TILE_LOAD(7, b_ + w.b_column, w.ldb * 2);
+      FLASH_ATTN_TILE_LOAD(7, b_ + w.b_column, kLdb * 2);
       FLASH_ATTN_TILE_MULTIPLY(1, 4, 7);
     }
     if (w.two_rows) {
@@ -176,7 +188,7 @@ class TileStream {
       FLASH_ATTN_TILE_MULTIPLY(2, 5, 6);
       if (two_columns_) FLASH_ATTN_TILE_MULTIPLY(3, 5, 7);
     }
-    a_ += w.a_step, b_ += w.b_step, --left_;
+    a_ += w.a_step, b_ += kStep, --left_;
     if (--steps_ == 0) next();
   }
 

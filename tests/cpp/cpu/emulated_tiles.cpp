@@ -1,26 +1,10 @@
-// The kernels of src/cpu/isa/amx.cpp over emulated tiles: the same source, for processors with AVX-512 and without AMX.
+// The kernels of src/cpu/isa/amx*.cpp over emulated tiles: the same source, for processors with AVX-512 and without
+// AMX.
 #define FLASH_ATTN_ISA emulated_tiles_isa
 #define FLASH_ATTN_WIDTH 16
 #define FLASH_ATTN_EMULATE_TILES
 
-#include "cpu/kernels.hpp"
-
-#include "cpu/simd.hpp"
-
-#include "cpu/kernel/tile.hpp"
-
-#include "cpu/kernel/pack.hpp"
-#include "cpu/kernel/scores.hpp"
-#include "cpu/kernel/softmax.hpp"
-
-#include "cpu/kernel/dropout.hpp"
-
-#include "cpu/kernel/tiles.hpp"
-
-#include "cpu/kernel/attend_tiles.hpp"
-#include "cpu/kernel/gradients.hpp"
-
-#include "cpu/kernel/backward_tiles.hpp"
+#include "cpu/kernel/all_tiles.hpp"
 
 namespace flash_attn::test {
 
