@@ -108,17 +108,18 @@ void clear_dbias(const Problem& p, int workers) {
   });
 }
 
-/// Tasks that must take turns, in their order; mostly one each.
-std::vector<std::vector<Task>> turns(const Problem& p, const std::vector<Task>& tasks) {
+/// Brings tasks that must take turns next to each other, and returns where each run of them begins, and the end. Mostly
+/// every task is a run of its own.
+std::vector<std::size_t> arrange_turns(const Problem& p, std::vector<Task>& tasks) {
   const auto place = [&](const Task& t) { return std::pair(dbias_owner(p, t.b, t.hk), t.split); };
-  std::vector<Task> sorted = tasks;
-  std::stable_sort(sorted.begin(), sorted.end(), [&](const Task& a, const Task& b) { return place(a) < place(b); });
-  std::vector<std::vector<Task>> all;
-  for (const Task& t : sorted) {
-    if (all.empty() || place(all.back().back()) != place(t)) all.emplace_back();
-    all.back().push_back(t);
-  }
-  return all;
+  const bool sums = p.dbias.present() && dbias_sums(p);
+  if (sums)
+    std::stable_sort(tasks.begin(), tasks.end(), [&](const Task& a, const Task& b) { return place(a) < place(b); });
+  std::vector<std::size_t> begins;
+  for (std::size_t i = 0; i < tasks.size(); ++i)
+    if (i == 0 || !sums || place(tasks[i]) != place(tasks[i - 1])) begins.push_back(i);
+  begins.push_back(tasks.size());
+  return begins;
 }
 
 /// d loss / d sink of a sequence without keys: the sink has probability 1 and out is 0, so only dlse reaches it.
@@ -145,7 +146,7 @@ void backward(const Problem& p, const Kernels& k) {
   for (int w = 0; w < workers; ++w) memory.emplace_back(arena, f);
   std::vector<double> dsink(p.dsink.present() ? static_cast<std::size_t>(p.batch * p.nheads) : 0);
 
-  std::vector<Task> tasks;
+  std::vector<Task> tasks, first_splits;  // first_splits: one a head, if there are partials to be summed
   const int64_t all_heads = p.batch * p.nheads_k;
   for (int64_t first = 0; first < all_heads; first += plan.heads_per_wave) {
     tasks.clear();
@@ -156,15 +157,15 @@ void backward(const Problem& p, const Kernels& k) {
         tasks.push_back(
             {i / p.nheads_k, i % p.nheads_k, split, s, partials ? partials + (i - first) * partial : nullptr});
     }
-    const auto turn = turns(p, tasks);
-    parallel_for(static_cast<int64_t>(turn.size()), workers, [&](int64_t i, int worker) {
-      for (const Task& t : turn[static_cast<std::size_t>(i)])
-        run(f, t, memory[static_cast<std::size_t>(worker)], dsink.empty() ? nullptr : dsink.data());
+    if (partials) first_splits = tasks;
+    std::erase_if(first_splits, [](const Task& t) { return t.split > 0; });
+    const std::vector<std::size_t> begins = arrange_turns(p, tasks);
+    parallel_for(static_cast<int64_t>(begins.size()) - 1, workers, [&](int64_t i, int worker) {
+      for (std::size_t at = begins[static_cast<std::size_t>(i)]; at < begins[static_cast<std::size_t>(i) + 1]; ++at)
+        run(f, tasks[at], memory[static_cast<std::size_t>(worker)], dsink.empty() ? nullptr : dsink.data());
     });
-    if (!partials) continue;
-    const int64_t heads = static_cast<int64_t>(tasks.size()) / plan.splits;
-    parallel_for(heads * p.group(), workers, [&](int64_t i, int) {
-      reduce_dq(f, tasks[static_cast<std::size_t>(i / p.group() * plan.splits)], i % p.group());
+    parallel_for(static_cast<int64_t>(first_splits.size()) * p.group(), workers, [&](int64_t i, int) {
+      reduce_dq(f, first_splits[static_cast<std::size_t>(i / p.group())], i % p.group());
     });
   }
 

@@ -199,6 +199,7 @@ struct BackwardTiles {
         const auto [first, last, partial] = seen_by<kTileKeys, kTileKeys>(t.lo + r0, t.hi + r0, rows, block, block_end);
         if (last <= first) continue;
         const Item x{r0, rows, first, last - first};
+        prefetch_bias(t.bias, r0, rows, first, last);
         scores(x, q + at.q(), at.rows * at.d, t.keys_packed, t.keys * at.d, at.d, p);
         scores(x, q + at.dout(), at.rows * at.dv, t.keys_packed + packs.v(), t.keys * at.dv, at.dv, dx);
         for (int64_t r = 0; r < rows; ++r)
