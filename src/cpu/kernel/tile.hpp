@@ -50,7 +50,7 @@ FLASH_ATTN_INLINE void tile(const Gemm& g, const float* row_scale) {
       if constexpr (kInto == Into::scale_add) acc[r][n] = load(g.c + r * g.ldc + n * W) * row_scale[r];
     }
   const float *a = g.a, *b = g.b;
-#pragma GCC unroll 2
+#pragma GCC unroll 4
   for (int64_t k = 0; k < g.k; ++k, a += g.a_k, b += g.ldb) {
     vf bv[NR];
 #pragma GCC unroll 4
