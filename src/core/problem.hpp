@@ -108,7 +108,8 @@ struct Problem {
   Run run;
 
   int64_t group() const { return nheads_k ? nheads / nheads_k : 1; }
-  /// Whether no result has an element. A batch of sequences without rows may be of any size: nobody should loop over it.
+  /// Whether no result has an element. A batch of sequences without rows may be of any size: nobody should loop over
+  /// it.
   bool writes_nothing() const {
     const bool no_queries = batch_q == 0 || rows_q == 0, no_keys = batch_k == 0 || rows_k == 0;
     if (pass == Pass::forward) return no_queries;
