@@ -6,6 +6,7 @@
 #include <limits>
 
 #include "core/problem.hpp"
+#include "cpu/against_oracle.hpp"
 #include "cpu/driver.hpp"
 #include "cpu/kernels_under_test.hpp"
 #include "cpu/plan.hpp"
@@ -18,18 +19,8 @@ namespace {
 const Dims kDims{2, 70, 150, 4, 2, 24, 20};
 
 void expect_as_oracle(AttentionCase got, const cpu::Kernels& kernels, double atol) {
-  AttentionCase want = got;
-  want.run.backend = "reference";
-  forward(want.forward_call());
-  backward(want.backward_call());
-  cpu::forward(make_problem(got.forward_call()), kernels);
-  EXPECT_TRUE(close(got.out, want.out, atol, atol));
-  EXPECT_TRUE(close(got.lse, want.lse, 1e-5, 1e-6));
-  got.out = want.out, got.lse = want.lse;
-  cpu::backward(make_problem(got.backward_call()), kernels);
-  EXPECT_TRUE(close(got.dq, want.dq, 4 * atol, atol));
-  EXPECT_TRUE(close(got.dk, want.dk, 4 * atol, atol));
-  EXPECT_TRUE(close(got.dv, want.dv, 4 * atol, atol));
+  const AttentionCase want = by_oracle(got);
+  expect_as_oracle(got, want, kernels, atol, 4 * atol);
   EXPECT_TRUE(close(got.dbias, want.dbias, 40 * atol, atol));
   EXPECT_TRUE(got.dbias.gaps_untouched());
 }

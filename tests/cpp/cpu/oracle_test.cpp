@@ -4,6 +4,7 @@
 #include <random>
 
 #include "core/problem.hpp"
+#include "cpu/against_oracle.hpp"
 #include "cpu/driver.hpp"
 #include "cpu/kernels_under_test.hpp"
 #include "cpu/plan.hpp"
@@ -90,10 +91,7 @@ double tolerance(DType dtype) { return dtype == DType::f32 ? 2e-5 : dtype == DTy
 class AgainstOracle : public ::testing::TestWithParam<uint64_t> {};
 
 TEST_P(AgainstOracle, ForwardAndBackward) {
-  AttentionCase want = random_case(GetParam());
-  want.run.backend = "reference";
-  forward(want.forward_call());
-  backward(want.backward_call());
+  const AttentionCase want = by_oracle(random_case(GetParam()));
   for (const cpu::Kernels* kernels : kernels_under_test()) {
     SCOPED_TRACE(kernels->name);
     AttentionCase got = random_case(GetParam());
@@ -142,17 +140,7 @@ TEST(Cpu, NanReachesExactlyWhatDependsOnIt) {
         got.dlse = HostTensor();
         got.k.put(NAN, 0, poisoned, 0, 5);
         got.v.put(INFINITY, 0, poisoned, 0, 6);
-        AttentionCase want = got;
-        want.run.backend = "reference";
-        forward(want.forward_call());
-        backward(want.backward_call());
-        cpu::forward(make_problem(got.forward_call()), *kernels);
-        EXPECT_TRUE(close(got.out, want.out, atol, atol));
-        got.out = want.out, got.lse = want.lse;
-        cpu::backward(make_problem(got.backward_call()), *kernels);
-        EXPECT_TRUE(close(got.dq, want.dq, 10 * atol, atol));
-        EXPECT_TRUE(close(got.dk, want.dk, 10 * atol, atol));
-        EXPECT_TRUE(close(got.dv, want.dv, 10 * atol, atol));
+        expect_as_oracle(got, by_oracle(got), *kernels, atol, 10 * atol);
       }
     }
   }
@@ -166,27 +154,17 @@ TEST(Cpu, InfAndNanInEachOperand) {
          {static_cast<double>(NAN), static_cast<double>(INFINITY), -static_cast<double>(INFINITY)}) {
       for (int operand = 0; operand < 4; ++operand) {
         if (operand == 3 && std::isinf(value)) continue;  // delta is a sum of infs: NaN or inf by its order
-        AttentionCase want = AttentionCase::fixed(dtype, {1, 230, 230, 2, 2, 33, 33});
-        want.scores.window_left = 20, want.scores.window_right = 3;
-        want.dlse = HostTensor();
-        HostTensor* const operands[] = {&want.q, &want.k, &want.v, &want.dout};
+        AttentionCase call = AttentionCase::fixed(dtype, {1, 230, 230, 2, 2, 33, 33});
+        call.scores.window_left = 20, call.scores.window_right = 3;
+        call.dlse = HostTensor();
+        HostTensor* const operands[] = {&call.q, &call.k, &call.v, &call.dout};
         operands[operand]->put(value, 0, 210, 1, 32);
-        AttentionCase got = want;
-        want.run.backend = "reference";
-        forward(want.forward_call());
-        backward(want.backward_call());
+        const AttentionCase want = by_oracle(call);
         for (const cpu::Kernels* kernels : kernels_under_test()) {
           SCOPED_TRACE(std::string(kernels->name) + ", operand " + std::to_string(operand) + ", " +
                        std::to_string(value));
-          const double atol = tolerance(dtype);
-          cpu::forward(make_problem(got.forward_call()), *kernels);
-          EXPECT_TRUE(close(got.out, want.out, atol, atol));
-          EXPECT_TRUE(close(got.lse, want.lse, 1e-5, 1e-6));
-          got.out = want.out, got.lse = want.lse;
-          cpu::backward(make_problem(got.backward_call()), *kernels);
-          EXPECT_TRUE(close(got.dq, want.dq, 4 * atol, atol));
-          EXPECT_TRUE(close(got.dk, want.dk, 4 * atol, atol));
-          EXPECT_TRUE(close(got.dv, want.dv, 4 * atol, atol));
+          AttentionCase got = call;
+          expect_as_oracle(got, want, *kernels, tolerance(dtype), 4 * tolerance(dtype));
         }
       }
     }
