@@ -53,6 +53,7 @@ void run(const Backward& f, const Task& t, KeySplit& keys, double* dsink) {
   // Every row sees the sink, and may have gradients of its bias to write.
   const bool all_rows = sinks || (p.dbias.present() && !dbias_sums(p) && end > begin);
   const Interval rows = all_rows ? Interval{0, seq.seqlen_q} : queries_of(p, seq, begin, end);
+  const std::vector<float> zeros(static_cast<std::size_t>(rows.hi - rows.lo < seq.seqlen_q ? f.plan.rows * d : 0));
   for (int64_t g = 0; g < p.group(); ++g) {
     const int64_t head = t.hk * p.group() + g;
     float* const partial = t.dq_partials ? t.dq_partials + (t.split * p.group() + g) * p.max_seqlen_q * d : nullptr;
@@ -62,7 +63,6 @@ void run(const Backward& f, const Task& t, KeySplit& keys, double* dsink) {
       else
         store_dq(f, seq, head, first, last, dq);
     };
-    const std::vector<float> zeros(static_cast<std::size_t>(rows.hi - rows.lo < seq.seqlen_q ? f.plan.rows * d : 0));
     const auto put_zeros = [&](int64_t first, int64_t end_row) {
       for (; first < end_row; first += f.plan.rows) put_dq(first, std::min(first + f.plan.rows, end_row), zeros.data());
     };

@@ -33,7 +33,7 @@ void pack_wave(const Forward& f, const std::vector<Head>& heads, const std::vect
   const int64_t panel = f.kernel.panel;
   const int64_t chunk = std::max<int64_t>(1, (int64_t{1} << 15) / (panel * (f.p.headdim + f.p.headdim_v))) * panel;
   std::vector<int64_t> chunks_before(1, 0);
-  for (const Head& h : heads) chunks_before.push_back(chunks_before.back() + (h.sequence.seqlen_k + chunk - 1) / chunk);
+  for (const Head& h : heads) chunks_before.push_back(chunks_before.back() + divide_up(h.sequence.seqlen_k, chunk));
   parallel_for(chunks_before.back(), workers, [&](int64_t i, int) {
     const auto next = std::upper_bound(chunks_before.begin(), chunks_before.end(), i);
     const auto at = static_cast<std::size_t>(next - chunks_before.begin() - 1);
@@ -85,7 +85,7 @@ std::vector<int64_t> attend_many_rows(const Forward& f, const std::vector<Head>&
         return;
       }
       rows.attend(f, sums, packs[t.head]);
-      rows.finish(f, heads[t.head], t.range, sums);
+      rows.finish(f, sums);
     });
     const std::vector<int64_t> more = indices_of(left, heads);
     left_indices.insert(left_indices.end(), more.begin(), more.end());
@@ -134,9 +134,7 @@ std::vector<int64_t> attend_few_rows(const Forward& f, const std::vector<Head>& 
   for (int w = 0; w < workers; ++w) owners.emplace_back(arena, f);
 
   const auto rows_of = [&](const Head& h) { return h.sequence.seqlen_q * f.p.group(); };
-  const auto splits_of = [&](const Head& h) {
-    return (h.sequence.seqlen_k + plan.keys_per_split - 1) / plan.keys_per_split;
-  };
+  const auto splits_of = [&](const Head& h) { return divide_up(h.sequence.seqlen_k, plan.keys_per_split); };
   Left left(heads.size());
   parallel_for(count * plan.splits, workers, [&](int64_t i, int worker) {
     const auto at = static_cast<std::size_t>(i / plan.splits);
@@ -152,7 +150,7 @@ std::vector<int64_t> attend_few_rows(const Forward& f, const std::vector<Head>& 
     if (mine.attend(f, head, begin, end, sums))
       left[at] = true;
     else if (whole)
-      mine.rows.finish(f, head, all, sums);
+      mine.rows.finish(f, sums);
   });
   // The sums of a head's splits, a few rows a task.
   const int64_t parts = plan.rows / f.kernel.group;
@@ -170,7 +168,7 @@ std::vector<int64_t> attend_few_rows(const Forward& f, const std::vector<Head>& 
       for (int64_t split = 1; split < splits_of(head); ++split) f.k.merge_rows(n, f.p.headdim_v, sums_at(split), sums);
       Rows& rows = owners[static_cast<std::size_t>(worker)].rows;
       rows.find(f, head, {row, n});
-      rows.finish(f, head, {row, n}, sums);
+      rows.finish(f, sums);
     });
   return indices_of(left, heads);
 }

@@ -24,8 +24,6 @@ constexpr int64_t kSmallFlops = 2'000'000;
 constexpr int64_t kMinKeysPerSplit = 256;
 constexpr int64_t kPartialBytes = int64_t{64} << 20;
 
-static int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
-
 /// Heads of seqlen_q queries that one task of `rows` rows takes whole; 0: a task has rows of one head only.
 static int64_t heads_of_task(int64_t rows, int64_t seqlen_q) { return seqlen_q * 2 <= rows ? rows / seqlen_q : 0; }
 
@@ -56,7 +54,7 @@ static void plan_few_rows(Plan& plan, const Problem& p, const AttendKernel& kern
   plan.pack_keys = std::min(chunk, plan.keys_per_split);
 }
 
-/// Softmax sums of `rows` rows, as laid out by Sums.
+/// Bytes of the softmax sums of `rows` rows, as take_sums lays them out.
 static int64_t sums_bytes(int64_t rows, int64_t headdim_v, int64_t width) {
   return static_cast<int64_t>(Arena::padded<float>(rows * round_up(headdim_v, width)) +
                               Arena::padded<float>(rows * width) + Arena::padded<float>(rows));

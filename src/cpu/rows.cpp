@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "core/dropout.hpp"
 #include "cpu/driver.hpp"
 
 namespace flash_attn::cpu {
@@ -48,14 +49,22 @@ Rows::Rows(Arena& arena, const Forward& f)
       bias_(arena.take<const char*>(f.plan.rows)),
       dropped_(arena.take<DropoutRow>(f.plan.rows)) {}
 
+template <class Body>
+void Rows::each(const Forward& f, const Body& body) const {
+  const int64_t seqlen_q = head_.sequence.seqlen_q, first_head = head_.index % f.p.nheads_k * f.p.group();
+  int64_t h = first_head + range_.first / seqlen_q, i = range_.first % seqlen_q;
+  for (int64_t r = 0; r < range_.rows; ++r, ++i) {
+    if (i == seqlen_q) i = 0, ++h;
+    body(r, h, i);
+  }
+}
+
 void Rows::find(const Forward& f, const Head& head, const RowRange& range) {
   const Problem& p = f.p;
   const Sequence& seq = head.sequence;
-  const int64_t b = head.index / p.nheads_k, first_head = head.index % p.nheads_k * p.group();
-  origin_ = 0, count_ = range.rows;
-  int64_t h = first_head + range.first / seq.seqlen_q, i = range.first % seq.seqlen_q;
-  for (int64_t r = 0; r < count_; ++r, ++i) {
-    if (i == seq.seqlen_q) i = 0, ++h;
+  const int64_t b = head.index / p.nheads_k;
+  head_ = head, range_ = range, origin_ = 0;
+  each(f, [&](int64_t r, int64_t h, int64_t i) {
     const Interval seen = p.scores.mask.row(i, seq.seqlen_q, seq.seqlen_k);
     lo_[r] = seen.lo;
     hi_[r] = seen.hi;
@@ -65,21 +74,21 @@ void Rows::find(const Forward& f, const Head& head, const RowRange& range) {
     if (p.scores.bias.present()) bias_[r] = p.scores.bias.at(b, i, h);
     q_rows_[r] = p.q.at(seq.q_batch, seq.q_row + i, h);
     out_rows_[r] = p.out.at(seq.q_batch, seq.q_row + i, h);
-  }
+  });
 }
 
 bool Rows::see(int64_t begin, int64_t end) const {
-  for (int64_t r = 0; r < count_; ++r)
+  for (int64_t r = 0; r < range_.rows; ++r)
     if (std::max(lo_[r] + origin_, begin) < std::min(hi_[r] + origin_, end)) return true;
   return false;
 }
 
 bool Rows::start(const Forward& f, const SoftmaxSums& sums) {
-  std::fill(sums.o, sums.o + count_ * ldo(f), 0.0f);
-  std::fill(sums.l, sums.l + count_ * f.k.width, 0.0f);
-  std::fill(sums.m, sums.m + count_, -INFINITY);
-  const bool special =
-      f.kernel.pack_q({q_rows_, count_, f.p.headdim, f.p.q.stride_col, f.p.dtype}, score_scale(f.p.scores).sign, q_);
+  std::fill(sums.o, sums.o + range_.rows * ldo(f), 0.0f);
+  std::fill(sums.l, sums.l + range_.rows * f.k.width, 0.0f);
+  std::fill(sums.m, sums.m + range_.rows, -INFINITY);
+  const bool special = f.kernel.pack_q({q_rows_, range_.rows, f.p.headdim, f.p.q.stride_col, f.p.dtype},
+                                       score_scale(f.p.scores).sign, q_);
   return special && f.kernel.plain_only;
 }
 
@@ -89,12 +98,12 @@ void Rows::attend(const Forward& f, const SoftmaxSums& sums, const Pack& keys) {
   origin_ = keys.begin;
   const Operand& bias = f.p.scores.bias;
   const int64_t bias_shift = shift * bias.stride_col * static_cast<int64_t>(size_of(bias.dtype));
-  for (int64_t r = 0; shift != 0 && r < count_; ++r) {
+  for (int64_t r = 0; shift != 0 && r < range_.rows; ++r) {
     lo_[r] += shift, hi_[r] += shift, position_[r] += shift;
     if (bias.present()) bias_[r] -= bias_shift;
   }
   f.kernel.attend({
-      .rows = count_,
+      .rows = range_.rows,
       .headdim = f.p.headdim,
       .headdim_v = f.p.headdim_v,
       .q = q_,
@@ -108,7 +117,7 @@ void Rows::attend(const Forward& f, const SoftmaxSums& sums, const Pack& keys) {
       .softcap_log2 = scale.softcap_log2,
       .slope_log2 = f.p.scores.alibi ? slope_ : nullptr,
       .position = position_,
-      .bias = bias_rows(f.p.scores, bias_, count_, origin_),
+      .bias = bias_rows(f.p.scores, bias_, range_.rows, origin_),
       .dropout = dropout_task(f.p.scores.dropout, dropped_, origin_),
       .o = sums.o,
       .m = sums.m,
@@ -126,22 +135,19 @@ static void add_sink(double sink, float& factor, float& lse) {
   lse = static_cast<float>(with_sink);
 }
 
-void Rows::finish(const Forward& f, const Head& head, const RowRange& range, const SoftmaxSums& sums) {
+void Rows::finish(const Forward& f, const SoftmaxSums& sums) {
   const Problem& p = f.p;
-  const Sequence& seq = head.sequence;
-  f.k.finish_rows(count_, sums.m, sums.l, factor_, lse_);
-  const float keep_scale = dropout_task(p.scores.dropout, dropped_, 0).scale;
-  const int64_t first_head = head.index % p.nheads_k * p.group();
-  int64_t h = first_head + range.first / seq.seqlen_q, i = range.first % seq.seqlen_q;
-  for (int64_t r = 0; r < count_; ++r, ++i) {
-    if (i == seq.seqlen_q) i = 0, ++h;
+  const Sequence& seq = head_.sequence;
+  f.k.finish_rows(range_.rows, sums.m, sums.l, factor_, lse_);
+  const float keep_scale = DropoutRule(p.scores.dropout).scale;
+  each(f, [&](int64_t r, int64_t h, int64_t i) {
     if (p.scores.sink.present()) add_sink(sink_logit(p.scores, h), factor_[r], lse_[r]);
     factor_[r] *= keep_scale;
     if (p.lse.present())
       *reinterpret_cast<float*>(p.lse.at(seq.q_batch, seq.q_row + i, h)) =
           lse_[r] == -INFINITY ? p.empty_lse() : lse_[r];
-  }
-  f.k.store_rows({out_rows_, count_, p.headdim_v, p.out.stride_col, p.dtype}, factor_, sums.o, ldo(f));
+  });
+  f.k.store_rows({out_rows_, range_.rows, p.headdim_v, p.out.stride_col, p.dtype}, factor_, sums.o, ldo(f));
 }
 
 }  // namespace flash_attn::cpu

@@ -51,15 +51,21 @@ class Rows {
   /// Adds what the rows see of a pack.
   void attend(const Forward& f, const SoftmaxSums& sums, const Pack& keys);
   /// Writes out and lse.
-  void finish(const Forward& f, const Head& head, const RowRange& range, const SoftmaxSums& sums);
+  void finish(const Forward& f, const SoftmaxSums& sums);
 
  private:
+  /// body(r, h, i): row r is query i of head h.
+  template <class Body>
+  void each(const Forward& f, const Body& body) const;
+
+  Head head_{};
+  RowRange range_{};
   char *q_, *tiles_;
   float *slope_, *factor_, *lse_;
   int64_t *lo_, *hi_, *position_;              // counted from key origin_
   const char **q_rows_, **out_rows_, **bias_;  // bias_: of key origin_
   DropoutRow* dropped_;
-  int64_t origin_ = 0, count_ = 0;
+  int64_t origin_ = 0;
 };
 
 }  // namespace flash_attn::cpu
