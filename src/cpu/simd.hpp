@@ -72,7 +72,6 @@ FLASH_ATTN_INLINE float sum_lanes(vf x) {
 }
 
 #if FLASH_ATTN_WIDTH == 16
-FLASH_ATTN_INLINE float max_lanes(vf x) { return _mm512_reduce_max_ps(x); }
 /// t - floor(t), in [0, 1).
 FLASH_ATTN_INLINE vf fraction(vf t) { return _mm512_reduce_ps(t, 1); }
 /// x * 2^floor(t) for t <= 127; 0 where t < -126 (whatever x is there), so that no denormal is ever made.
@@ -80,13 +79,6 @@ FLASH_ATTN_INLINE vf scale_by_floor(vf x, vf t) {
   return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(t, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ), x, t);
 }
 #else
-FLASH_ATTN_INLINE float max_lanes(vf x) {
-  float lanes[W];
-  store(lanes, x);
-  float m = lanes[0];
-  for (int i = 1; i < W; ++i) m = lanes[i] > m ? lanes[i] : m;
-  return m;
-}
 #if FLASH_ATTN_WIDTH == 8
 FLASH_ATTN_INLINE vf floor(vf x) { return _mm256_floor_ps(x); }
 #else

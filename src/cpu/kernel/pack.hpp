@@ -82,6 +82,27 @@ FLASH_ATTN_INLINE void transpose(vf (&x)[W]) {
   if constexpr (W > 8) exchange<8>(x);
 }
 
+/// Lane i: all lanes of x[i] reduced by `op`. As in a transpose blocks are exchanged between pairs, but each pair is
+/// reduced at once: 2 (W - 1) shuffles instead of W log2(W).
+template <int kHalf, class Op>
+FLASH_ATTN_INLINE void reduce_pairs(vf* x, const Op& op) {
+#pragma GCC unroll 8
+  for (int i = 0; i < W / (2 * kHalf); ++i) {
+    vf a = x[2 * i], b = x[2 * i + 1];
+    exchange_pair<kHalf>(a, b, std::make_integer_sequence<int, W>{});
+    x[i] = op(a, b);
+  }
+}
+
+template <class Op>
+FLASH_ATTN_INLINE vf reduce_each(vf (&x)[W], const Op& op) {
+  reduce_pairs<1>(x, op);
+  reduce_pairs<2>(x, op);
+  if constexpr (W > 4) reduce_pairs<4>(x, op);
+  if constexpr (W > 8) reduce_pairs<8>(x, op);
+  return x[0];
+}
+
 inline bool pack_panel(const RowList& rows, float* panel) {
   return with_loader(rows, [&](const auto& load_columns) {
     SpecialFinder finder;

@@ -13,11 +13,14 @@ FLASH_ATTN_INLINE vf softmax_base(vf m) { return m == all(-kInfinity) ? vf{} : m
 
 /// The maxima of n scores (whole vectors), lane by lane.
 FLASH_ATTN_INLINE vf max_by_lanes(const float* s, int64_t n) {
-  vf m0 = load(s), m1 = m0;
-  int64_t j = W;
-  for (; j + W < n; j += 2 * W) m0 = max(m0, load(s + j)), m1 = max(m1, load(s + j + W));
-  if (j < n) m0 = max(m0, load(s + j));
-  return max(m0, m1);
+  vf m[4];
+  for (vf& x : m) x = load(s);
+  int64_t j = 0;
+  for (; j + 7 * W < n; j += 8 * W)
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) m[i % 4] = max(m[i % 4], load(s + j + i * W));
+  for (; j < n; j += W) m[0] = max(m[0], load(s + j));
+  return max(max(m[0], m[1]), max(m[2], m[3]));
 }
 
 /// Raises the maxima m (rows) by scale times the rows' n scores. base (rows): what exponentials are relative to;
@@ -29,15 +32,11 @@ FLASH_ATTN_INLINE void raise_maxima(const float* s, int64_t lds, int64_t rows, i
     const auto bytes = static_cast<std::size_t>(count) * sizeof(float);
     vf top[W];
     for (int i = 0; i < W; ++i) top[i] = i < count ? max_by_lanes(s + (r + i) * lds, n) : all(-kInfinity);
-    transpose(top);
-#pragma GCC unroll 4
-    for (int half = W / 2; half > 0; half /= 2)
-#pragma GCC unroll 8
-      for (int i = 0; i < half; ++i) top[i] = max(top[i], top[i + half]);
+    const vf highest = reduce_each(top, max);
 
     vf before = all(-kInfinity);
     std::memcpy(&before, m + r, bytes);
-    const vf now = max(top[0] * scale, before), relative_to = softmax_base(now), factor = exp2(before - relative_to);
+    const vf now = max(highest * scale, before), relative_to = softmax_base(now), factor = exp2(before - relative_to);
     std::memcpy(m + r, &now, bytes);
     std::memcpy(base + r, &relative_to, bytes);
     std::memcpy(rescale + r, &factor, bytes);
