@@ -1,8 +1,6 @@
 // The CPU kernels of every instruction set that runs here, against the oracle, over random calls.
 #include <gtest/gtest.h>
 
-#include <random>
-
 #include "core/problem.hpp"
 #include "cpu/against_oracle.hpp"
 #include "cpu/driver.hpp"
@@ -10,23 +8,10 @@
 #include "cpu/plan.hpp"
 #include "support/attention_case.hpp"
 #include "support/compare.hpp"
+#include "support/draw.hpp"
 
 namespace flash_attn::test {
 namespace {
-
-class Draw {
- public:
-  explicit Draw(uint64_t seed) : random_(seed) {}
-  int64_t between(int64_t a, int64_t b) { return std::uniform_int_distribution<int64_t>(a, b)(random_); }
-  bool one_in(int64_t n) { return between(1, n) == 1; }
-  template <class T>
-  T of(std::initializer_list<T> choices) {
-    return choices.begin()[between(0, static_cast<int64_t>(choices.size()) - 1)];
-  }
-
- private:
-  std::mt19937_64 random_;
-};
 
 /// Of the lengths that cumulated lengths are made of.
 int64_t longest(const HostTensor& cu_seqlens) {
