@@ -39,9 +39,10 @@ struct Cell {
   bool causal;
   int threads;
 
+  std::string heads() const { return fmt::format("{}:{}", nheads, nheads_k); }
   std::string title() const {
-    return fmt::format("{} {} headdim {} {} {} thread{}", name, short_name(dtype), headdim, causal ? "causal" : "full",
-                       threads, threads == 1 ? "" : "s");
+    return fmt::format("{} {} headdim {} {} {} thread{}, heads {}", name, short_name(dtype), headdim,
+                       causal ? "causal" : "full", threads, threads == 1 ? "" : "s", heads());
   }
   double flops() const {
     const double products = name == "backward" ? 10.0 : 4.0;
@@ -208,7 +209,8 @@ std::vector<Cell> cells(const Flags& flags, int all_threads) {
     for (const DType dtype : dtypes) {
       // 256 MiB of keys and values: beyond the caches.
       const int64_t keys = (int64_t{256} << 20) / (2 * 8 * 128 * static_cast<int64_t>(size_of(dtype)));
-      for (const int t : threads) list.push_back({"decode", dtype, 32, 8, 1, keys, 128, true, t});
+      for (const int64_t group : {1, 4, 8})
+        for (const int t : threads) list.push_back({"decode", dtype, 8 * group, 8, 1, keys, 128, false, t});
     }
   }
   std::erase_if(list, [&](const Cell& c) { return c.title().find(flags.filter) == std::string::npos; });
@@ -242,8 +244,8 @@ void bench_limit(const Flags& flags, const JsonOption& json) {
     throw Error(ErrorCode::invalid_argument, fmt::format("--filter: no cell contains \"{}\"", flags.filter));
   const double budget = flags.seconds > 0 ? flags.seconds : flags.quick ? 0.4 : 1.2;
   const bool progress = isatty(STDERR_FILENO);
-  Table table(
-      {"pass", "dtype", ">headdim", ">seqlen", "mask", ">threads", ">ms", ">GFLOP/s", ">peak", ">of peak", ">samples"});
+  Table table({"pass", "dtype", ">heads", ">headdim", ">seqlen", "mask", ">threads", ">ms", ">GFLOP/s", ">peak",
+               ">of peak", ">samples"});
   std::vector<Json> records;
   for (const Cell& c : list) {
     if (progress) fmt::print(stderr, "\r\033[K{} of {}: {}", records.size() + 1, list.size(), c.title());
@@ -251,6 +253,7 @@ void bench_limit(const Flags& flags, const JsonOption& json) {
     const bool decode = c.name == "decode";
     table.add({c.name,
                short_name(c.dtype),
+               c.heads(),
                std::to_string(c.headdim),
                std::to_string(c.seqlen_k),
                c.causal ? "causal" : "full",
@@ -265,8 +268,7 @@ void bench_limit(const Flags& flags, const JsonOption& json) {
   set_num_threads(0);
   if (progress) fmt::print(stderr, "\r\033[K");
   if (json.tables()) {
-    fmt::print("{}, {}; batch 1, one head per thread; the probe runs between the kernel's samples, ratio of minima\n\n",
-               device, isa);
+    fmt::print("{}, {}; batch 1; the probe runs between the kernel's samples, ratio of minima\n\n", device, isa);
     table.print();
   }
   json.write(Json::array(records, true));
