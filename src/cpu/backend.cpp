@@ -24,7 +24,7 @@ class CpuBackend final : public Backend {
       const cpu::BackwardKernel& kernel = cpu::backward_kernel(k, p.dtype);
       return cpu::describe(cpu::make_backward_plan(p, k, kernel), k, kernel);
     }
-    const cpu::AttendKernel& kernel = cpu::attend_kernel(k, p.dtype);
+    const cpu::AttendKernel& kernel = cpu::attend_kernel(k, p);
     return cpu::describe(cpu::make_plan(p, kernel, k.width), k, kernel);
   }
   void forward(const Problem& p) const override { cpu::forward(p, cpu::active_kernels()); }

@@ -50,7 +50,11 @@ RowList bias_rows(const ScorePipeline& s, const char* const* rows, int64_t n, in
   return {rows, n, s.bias_shape[3] - first_key, s.bias.stride_col, s.bias.dtype};
 }
 
-const AttendKernel& attend_kernel(const Kernels& k, DType dtype) {
+const AttendKernel& attend_kernel(const Kernels& k, const Problem& p) {
+  const bool few_rows = p.max_seqlen_q * p.group() <= kInPlaceRows && p.max_seqlen_k >= kInPlaceKeys;
+  const bool whole_pairs = p.headdim % (2 * k.width) == 0 && p.headdim_v % (2 * k.width) == 0;
+  if (few_rows && whole_pairs && p.k.stride_col == 1 && p.v.stride_col == 1) return *k.attend_in_place;
+  const DType dtype = p.dtype;
   return *(dtype == DType::f32 ? k.attend_f32 : dtype == DType::bf16 ? k.attend_bf16 : k.attend_f16);
 }
 

@@ -32,8 +32,8 @@ DropoutTask dropout_task(const Dropout& dropout, const DropoutRow* rows, int64_t
 /// The bias of a task whose rows begin at `rows`, for that key. Absent: no rows.
 RowList bias_rows(const ScorePipeline& scores, const char* const* rows, int64_t n, int64_t first_key);
 
-/// The kernels for a dtype.
-const AttendKernel& attend_kernel(const Kernels& kernels, DType dtype);
+/// The kernels for a problem: by its dtype, and where few rows make packing a waste, the one that reads keys in place.
+const AttendKernel& attend_kernel(const Kernels& kernels, const Problem& problem);
 const BackwardKernel& backward_kernel(const Kernels& kernels, DType dtype);
 
 /// The sink of a head as a logit (natural log units).

@@ -1,30 +1,19 @@
 // Forward. Many rows a key head: for each wave of heads, pack keys and values, then attend row range by row range. Few:
-// each task packs the keys it owns (plan.hpp). Heads that the kernel of the dtype has to leave (special rows in a
-// kernel of plain ones) are done again by the kernel that takes any.
+// few_rows.cpp. Heads that the kernel of the dtype has to leave (special rows in a kernel of plain ones) are done again
+// by the kernel that takes any.
 #include <algorithm>
 #include <atomic>
 #include <vector>
 
 #include "cpu/arena.hpp"
 #include "cpu/driver.hpp"
+#include "cpu/few_rows.hpp"
 #include "cpu/plan.hpp"
 #include "cpu/rows.hpp"
 #include "cpu/threads.hpp"
 
 namespace flash_attn::cpu {
 namespace {
-
-/// Which heads of some must be done again by another kernel: tasks say so while they run.
-using Left = std::vector<std::atomic<bool>>;
-
-std::vector<int64_t> indices_of(const Left& left, const std::vector<Head>& heads) {
-  std::vector<int64_t> indices;
-  for (std::size_t i = 0; i < heads.size(); ++i)
-    if (left[i]) indices.push_back(heads[i].index);
-  return indices;
-}
-
-// ---- many rows -------------------------------------------------------------------------------------------------
 
 /// Packs the heads of a wave, in chunks of about 2^15 elements, 5 us each: few heads must do for many workers. The
 /// heads' offsets in chunks are found by binary search.
@@ -93,86 +82,6 @@ std::vector<int64_t> attend_many_rows(const Forward& f, const std::vector<Head>&
   return left_indices;
 }
 
-// ---- few rows --------------------------------------------------------------------------------------------------
-
-/// A worker's memory where tasks own their keys.
-struct Owner {
-  Pack pack;
-  SoftmaxSums sums;
-  Rows rows;
-
-  Owner(Arena& arena, const Forward& f)
-      : pack{arena.take<char>(f.plan.pack_bytes), nullptr, arena.take<uint8_t>(f.plan.pack_keys / f.kernel.panel), 0,
-             0},
-        sums(take_sums(arena, f)),
-        rows(arena, f) {
-    pack.v = pack.k + f.plan.k_bytes;
-  }
-
-  /// All rows of a head against keys [begin, end), packed by chunks; returns whether the head must be left.
-  bool attend(const Forward& f, const Head& head, int64_t begin, int64_t end, const SoftmaxSums& to) {
-    if (rows.start(f, to)) return true;
-    for (; begin < end; begin += f.plan.pack_keys) {
-      const int64_t n = std::min(f.plan.pack_keys, end - begin);
-      if (!rows.see(begin, begin + n)) continue;
-      pack.begin = begin, pack.keys = round_up(n, f.kernel.panel);
-      bool leave = false;
-      for (int64_t j = 0; j < n; j += f.kernel.panel) leave |= pack_panel(f, head, pack, j);
-      if (leave) return true;
-      rows.attend(f, to, pack);
-    }
-    return false;
-  }
-};
-
-std::vector<int64_t> attend_few_rows(const Forward& f, const std::vector<Head>& heads, int workers, Arena& arena) {
-  const Plan& plan = f.plan;
-  const auto count = static_cast<int64_t>(heads.size());
-  std::vector<SoftmaxSums> split_sums;  // (heads, splits)
-  for (int64_t i = 0; plan.splits > 1 && i < count * plan.splits; ++i) split_sums.push_back(take_sums(arena, f));
-  std::vector<Owner> owners;
-  for (int w = 0; w < workers; ++w) owners.emplace_back(arena, f);
-
-  const auto rows_of = [&](const Head& h) { return h.sequence.seqlen_q * f.p.group(); };
-  const auto splits_of = [&](const Head& h) { return divide_up(h.sequence.seqlen_k, plan.keys_per_split); };
-  Left left(heads.size());
-  parallel_for(count * plan.splits, workers, [&](int64_t i, int worker) {
-    const auto at = static_cast<std::size_t>(i / plan.splits);
-    const Head& head = heads[at];
-    const int64_t split = i % plan.splits, begin = split * plan.keys_per_split;
-    const int64_t end = std::min(begin + plan.keys_per_split, head.sequence.seqlen_k);
-    if (left[at] || begin >= end) return;
-    Owner& mine = owners[static_cast<std::size_t>(worker)];
-    const RowRange all{0, rows_of(head)};
-    const bool whole = splits_of(head) == 1;
-    const SoftmaxSums& sums = whole ? mine.sums : split_sums[static_cast<std::size_t>(i)];
-    mine.rows.find(f, head, all);
-    if (mine.attend(f, head, begin, end, sums))
-      left[at] = true;
-    else if (whole)
-      mine.rows.finish(f, sums);
-  });
-  // The sums of a head's splits, a few rows a task.
-  const int64_t parts = plan.rows / f.kernel.group;
-  if (plan.splits > 1)
-    parallel_for(count * parts, workers, [&](int64_t i, int worker) {
-      const auto at = static_cast<std::size_t>(i / parts);
-      const Head& head = heads[at];
-      const int64_t row = i % parts * f.kernel.group, n = std::min(f.kernel.group, rows_of(head) - row);
-      if (left[at] || splits_of(head) == 1 || n <= 0) return;
-      const auto sums_at = [&](int64_t split) {
-        return skip_rows(split_sums[at * static_cast<std::size_t>(plan.splits) + static_cast<std::size_t>(split)], f,
-                         row);
-      };
-      const SoftmaxSums sums = sums_at(0);
-      for (int64_t split = 1; split < splits_of(head); ++split) f.k.merge_rows(n, f.p.headdim_v, sums_at(split), sums);
-      Rows& rows = owners[static_cast<std::size_t>(worker)].rows;
-      rows.find(f, head, {row, n});
-      rows.finish(f, sums);
-    });
-  return indices_of(left, heads);
-}
-
 /// The forward of the heads listed by index; returns those that the kernel leaves.
 std::vector<int64_t> attend_heads(const Problem& p, const Kernels& k, const AttendKernel& kernel,
                                   const std::vector<int64_t>& indices) {
@@ -193,7 +102,7 @@ void forward(const Problem& p, const Kernels& k) {
     if (p.sequences.at(b).empty()) continue;
     for (int64_t hk = 0; hk < p.nheads_k; ++hk) heads.push_back(b * p.nheads_k + hk);
   }
-  const std::vector<int64_t> left = attend_heads(p, k, attend_kernel(k, p.dtype), heads);
+  const std::vector<int64_t> left = attend_heads(p, k, attend_kernel(k, p), heads);
   if (!left.empty()) attend_heads(p, k, *k.attend_any, left);
 }
 

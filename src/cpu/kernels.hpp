@@ -46,8 +46,8 @@ struct SoftmaxSums {
 struct AttendTask {
   int64_t rows, headdim, headdim_v;
   const char* q;             // of `rows` rows
-  const char *k, *v;         // of `keys` rows
-  int64_t keys;              // padded to panels
+  int64_t keys;              // of packs: padded to panels
+  const char *k, *v;         // packs of `keys` rows
   const uint8_t* v_special;  // (keys / panel): what pack_v returned; nullptr if all false
   const int64_t *lo, *hi;    // (rows): visible keys
   float scale;               // positive; log2(e) |softmax_scale|, or |softmax_scale| / softcap
@@ -62,7 +62,14 @@ struct AttendTask {
   char* scratch;
 };
 
+/// Keys where they lie, for tasks of several key heads that see them: key j of task h is at k.row[j] + h * k_head.
+struct KeysInPlace {
+  RowList k, v;            // of the first task; columns next to each other
+  int64_t k_head, v_head;  // bytes
+};
+
 /// The forward in one arithmetic: how rows are packed, and the loop over them. Sizes are in bytes, multiples of 64.
+/// A kernel that has attend_in_place packs q only.
 ///
 /// `special` rows hold values that the arithmetic cannot treat one by one: 0 * inf is NaN, so a product over keys that
 /// only some rows see must not meet an inf, and a number that is split into parts must be finite.
@@ -82,6 +89,8 @@ struct AttendKernel {
   bool (*pack_k)(const RowList& rows, char* k, int64_t keys, int64_t first);
   bool (*pack_v)(const RowList& rows, char* v, int64_t keys, int64_t first);
   void (*attend)(const AttendTask& task);
+  /// `heads` tasks, as many key heads with the same queries. Their k, v and v_special are not read.
+  void (*attend_in_place)(const AttendTask* task, int64_t heads, const KeysInPlace& keys);
   /// Whether a head with special rows is left to `Kernels::attend_any` (else the kernel takes v_special into account).
   bool plain_only;
 };
@@ -139,11 +148,17 @@ struct BackwardKernel {
   bool plain_only;
 };
 
+/// More rows than these are better served by packing their keys. So are rows of fewer keys: there packing costs nothing
+/// that counts, and the backward, which packs, should meet the very scores that its lse is made of (a lone key's p is
+/// then 1 to the last digit).
+inline constexpr int64_t kInPlaceRows = 16, kInPlaceKeys = 64;
+
 struct Kernels {
   const char* name;
   int64_t width;  // floats in a vector
   // By the dtype of q, k and v; `any` takes special rows.
   const AttendKernel *attend_f32, *attend_bf16, *attend_f16, *attend_any;
+  const AttendKernel* attend_in_place;  // of any dtype, for few rows, headdims of whole pairs of vectors
   const BackwardKernel *backward_f32, *backward_bf16, *backward_f16, *backward_any;
 
   /// row[r][c] = factor[r] * src[r][c], rounded once to dtype. The rows of the list are written.

@@ -19,6 +19,13 @@ constexpr int64_t kFewRows = 256;
 constexpr int64_t kFewRowsBytes = int64_t{256} << 10;
 constexpr int64_t kChunkBytes = int64_t{512} << 10;
 constexpr int64_t kEnoughOwners = 16;
+// Keys read where they lie wait for memory, and all cores together get most of it. All heads of a few keys are a long
+// run of memory, but their q, scores and o should stay in L2. A split costs o twice, 8 d bytes a row, against 4 d bytes
+// a key in 16 bits.
+constexpr int64_t kEnoughInPlace = 64;
+constexpr int64_t kRowsInPlace = 64;
+constexpr int64_t kMinKeysInPlace = 128;
+constexpr int64_t kKeysInPlace = 1024;
 // What one thread does in less time than waking others takes, some 10 us.
 constexpr int64_t kSmallFlops = 2'000'000;
 constexpr int64_t kMinKeysPerSplit = 256;
@@ -42,15 +49,21 @@ static void plan_many_rows(Plan& plan, const Problem& p, const AttendKernel& ker
   plan.pack_keys = round_up(p.max_seqlen_k, kernel.panel);
 }
 
-static void plan_few_rows(Plan& plan, const Problem& p, const AttendKernel& kernel, int64_t most_splits) {
-  const int64_t heads = std::max<int64_t>(p.batch * p.nheads_k, 1);
+static void plan_few_rows(Plan& plan, const Problem& p, const AttendKernel& kernel) {
   plan.rows = round_up(std::max<int64_t>(p.max_seqlen_q * p.group(), 1), kernel.group);
-  plan.splits = std::clamp<int64_t>(divide_up(kEnoughOwners, heads), 1, most_splits);
-  plan.keys_per_split =
-      round_up(divide_up(p.max_seqlen_k, plan.splits), plan.splits > 1 ? kMinKeysPerSplit : kernel.panel);
+  if (kernel.attend_in_place)
+    plan.heads_per_task = std::clamp<int64_t>(kRowsInPlace / plan.rows, 1, std::max<int64_t>(p.nheads_k, 1));
+  const int64_t enough = kernel.attend_in_place ? kEnoughInPlace : kEnoughOwners;
+  const int64_t least = kernel.attend_in_place ? kMinKeysInPlace : kMinKeysPerSplit;
+  const int64_t teams = std::max<int64_t>(p.batch * divide_up(p.nheads_k, plan.heads_per_task), 1);
+  plan.splits = std::clamp<int64_t>(divide_up(enough, teams), 1, std::max<int64_t>(1, p.max_seqlen_k / least));
+  plan.keys_per_split = round_up(divide_up(p.max_seqlen_k, plan.splits), plan.splits > 1 ? least : kernel.panel);
   plan.splits = std::max<int64_t>(1, divide_up(p.max_seqlen_k, std::max<int64_t>(plan.keys_per_split, 1)));
-  const int64_t block_bytes = kernel.k_bytes(kernel.block, p.headdim) + kernel.v_bytes(kernel.block, p.headdim_v);
-  const int64_t chunk = std::max<int64_t>(1, kChunkBytes / std::max<int64_t>(block_bytes, 1)) * kernel.block;
+  int64_t chunk = kKeysInPlace;
+  if (!kernel.attend_in_place) {
+    const int64_t block_bytes = kernel.k_bytes(kernel.block, p.headdim) + kernel.v_bytes(kernel.block, p.headdim_v);
+    chunk = std::max<int64_t>(1, kChunkBytes / std::max<int64_t>(block_bytes, 1)) * kernel.block;
+  }
   plan.pack_keys = std::min(chunk, plan.keys_per_split);
 }
 
@@ -66,21 +79,25 @@ Plan make_plan(const Problem& p, const AttendKernel& kernel, int64_t width) {
   const int64_t most_splits = std::max<int64_t>(1, p.max_seqlen_k / kMinKeysPerSplit);
   const double flops =
       2.0 * static_cast<double>(heads * all_rows) * static_cast<double>(p.max_seqlen_k * (p.headdim + p.headdim_v));
-  plan.own_keys = all_rows <= kFewRows && 4 * all_rows * (p.headdim + p.headdim_v) <= kFewRowsBytes &&
-                  (heads * most_splits >= kEnoughOwners || flops <= kSmallFlops);
+  plan.own_keys =
+      !kernel.pack_k || (all_rows <= kFewRows && 4 * all_rows * (p.headdim + p.headdim_v) <= kFewRowsBytes &&
+                         (heads * most_splits >= kEnoughOwners || flops <= kSmallFlops));
   if (plan.own_keys)
-    plan_few_rows(plan, p, kernel, most_splits);
+    plan_few_rows(plan, p, kernel);
   else
     plan_many_rows(plan, p, kernel);
 
-  plan.k_bytes = static_cast<int64_t>(Arena::padded<char>(kernel.k_bytes(plan.pack_keys, p.headdim)));
-  plan.pack_bytes =
-      plan.k_bytes + static_cast<int64_t>(Arena::padded<char>(kernel.v_bytes(plan.pack_keys, p.headdim_v)));
+  if (!kernel.attend_in_place) {
+    plan.k_bytes = static_cast<int64_t>(Arena::padded<char>(kernel.k_bytes(plan.pack_keys, p.headdim)));
+    plan.pack_bytes =
+        plan.k_bytes + static_cast<int64_t>(Arena::padded<char>(kernel.v_bytes(plan.pack_keys, p.headdim_v)));
+  }
   const auto special_bytes = [&](int64_t packs) {
     return static_cast<int64_t>(Arena::padded<uint8_t>(packs * (plan.pack_keys / kernel.panel)));
   };
   if (plan.own_keys) {
-    plan.workspace_per_worker = plan.pack_bytes + special_bytes(1);
+    plan.workspace_per_worker = kernel.pack_k ? plan.pack_bytes + special_bytes(1)
+                                              : static_cast<int64_t>(2 * Arena::padded<const char*>(plan.pack_keys));
     if (plan.splits > 1) plan.workspace_shared = heads * plan.splits * sums_bytes(plan.rows, p.headdim_v, width);
   } else {
     plan.heads_per_wave = std::clamp<int64_t>(kWaveBytes / std::max<int64_t>(plan.pack_bytes, 1), 1, heads);
@@ -89,11 +106,12 @@ Plan make_plan(const Problem& p, const AttendKernel& kernel, int64_t width) {
                             special_bytes(plan.heads_per_wave);
   }
   plan.workspace_per_worker +=
-      sums_bytes(plan.rows, p.headdim_v, width) +
-      static_cast<int64_t>(Arena::padded<char>(kernel.q_bytes(plan.rows, p.headdim)) +
-                           Arena::padded<char>(kernel.scratch) + 3 * Arena::padded<float>(plan.rows) +
-                           3 * Arena::padded<int64_t>(plan.rows) + 3 * Arena::padded<const char*>(plan.rows) +
-                           Arena::padded<DropoutRow>(plan.rows));
+      plan.heads_per_task *
+      (sums_bytes(plan.rows, p.headdim_v, width) +
+       static_cast<int64_t>(Arena::padded<char>(kernel.q_bytes(plan.rows, p.headdim)) +
+                            Arena::padded<char>(kernel.scratch) + 3 * Arena::padded<float>(plan.rows) +
+                            3 * Arena::padded<int64_t>(plan.rows) + 3 * Arena::padded<const char*>(plan.rows) +
+                            Arena::padded<DropoutRow>(plan.rows)));
   return plan;
 }
 
@@ -163,16 +181,17 @@ BackwardPlan make_backward_plan(const Problem& p, const Kernels& kernels, const 
 static std::string kib(int64_t bytes) { return std::to_string(bytes >> 10) + " KiB"; }
 
 std::string describe(const Plan& plan, const Kernels& k, const AttendKernel& kernel) {
-  const std::string keys = plan.own_keys
-                               ? std::to_string(plan.splits) + (plan.splits == 1 ? " split of " : " splits of ") +
-                                     std::to_string(plan.keys_per_split) + " keys, packed " +
-                                     std::to_string(plan.pack_keys) + " at a time"
-                               : std::to_string(plan.waves) + (plan.waves == 1 ? " wave of " : " waves of ") +
-                                     std::to_string(plan.heads_per_wave) + " packed heads";
+  const std::string keys =
+      plan.own_keys ? std::to_string(plan.splits) + (plan.splits == 1 ? " split of " : " splits of ") +
+                          std::to_string(plan.keys_per_split) + " keys, " + (kernel.pack_k ? "packed " : "read ") +
+                          std::to_string(plan.pack_keys) + " at a time"
+                    : std::to_string(plan.waves) + (plan.waves == 1 ? " wave of " : " waves of ") +
+                          std::to_string(plan.heads_per_wave) + " packed heads";
   return std::string("isa ") + k.name + ", products in " + kernel.name + ", score tiles of " +
          std::to_string(kernel.group) + " rows x " + std::to_string(kernel.block) + " keys, tasks of " +
-         std::to_string(plan.rows) + " rows, " + keys + ", workspace " + kib(plan.workspace_shared) + " + " +
-         kib(plan.workspace_per_worker) + " a worker";
+         std::to_string(plan.rows) + " rows" +
+         (plan.heads_per_task > 1 ? " of " + std::to_string(plan.heads_per_task) + " key heads, " : ", ") + keys +
+         ", workspace " + kib(plan.workspace_shared) + " + " + kib(plan.workspace_per_worker) + " a worker";
 }
 
 std::string describe(const BackwardPlan& plan, const Kernels& k, const BackwardKernel& kernel) {

@@ -8,7 +8,8 @@
 //               some rows against all keys. A key is packed once and read by several tasks.
 //   few rows    they all fit one task, so a task owns its keys: it packs a chunk of them in its own memory (it stays
 //               in L2), attends, and goes on to the next. Where heads are few, the keys are split among tasks, and the
-//               sums of the splits are merged in their order.
+//               sums of the splits are merged in their order. A kernel that reads keys where they lie packs none; its
+//               tasks take several key heads, whose rows are neighbours in memory.
 #pragma once
 
 #include <cstdint>
@@ -23,13 +24,14 @@ namespace flash_attn::cpu {
 struct Plan {
   bool own_keys = false;   // few rows
   int64_t rows = 0;        // of a task, a multiple of the kernel's group
-  int64_t pack_keys = 0;   // of one pack, whole panels: of the longest sequence, or a chunk
+  int64_t pack_keys = 0;   // of one pack, whole panels: of the longest sequence, or a chunk; taken up at once in place
   int64_t k_bytes = 0;     // of one pack's keys
   int64_t pack_bytes = 0;  // and of its values too
   // many rows
   int64_t heads_per_wave = 0;  // packed at once
   int64_t waves = 0;
   // few rows
+  int64_t heads_per_task = 1;  // key heads
   int64_t splits = 1;
   int64_t keys_per_split = 0;  // whole panels
 

@@ -8,6 +8,13 @@
 
 namespace flash_attn::cpu {
 
+std::vector<int64_t> indices_of(const Left& left, const std::vector<Head>& heads) {
+  std::vector<int64_t> indices;
+  for (std::size_t i = 0; i < heads.size(); ++i)
+    if (left[i]) indices.push_back(heads[i].index);
+  return indices;
+}
+
 bool pack_panel(const Forward& f, const Head& head, const Pack& to, int64_t first) {
   const Problem& p = f.p;
   const AttendKernel& kernel = f.kernel;
@@ -92,25 +99,25 @@ bool Rows::start(const Forward& f, const SoftmaxSums& sums) {
   return special && f.kernel.plain_only;
 }
 
-void Rows::attend(const Forward& f, const SoftmaxSums& sums, const Pack& keys) {
+AttendTask Rows::task(const Forward& f, const SoftmaxSums& sums, int64_t begin, int64_t keys) {
   const ScoreScale scale = score_scale(f.p.scores);
-  const int64_t shift = origin_ - keys.begin;
-  origin_ = keys.begin;
+  const int64_t shift = origin_ - begin;
+  origin_ = begin;
   const Operand& bias = f.p.scores.bias;
   const int64_t bias_shift = shift * bias.stride_col * static_cast<int64_t>(size_of(bias.dtype));
   for (int64_t r = 0; shift != 0 && r < range_.rows; ++r) {
     lo_[r] += shift, hi_[r] += shift, position_[r] += shift;
     if (bias.present()) bias_[r] -= bias_shift;
   }
-  f.kernel.attend({
+  return {
       .rows = range_.rows,
       .headdim = f.p.headdim,
       .headdim_v = f.p.headdim_v,
       .q = q_,
-      .k = keys.k,
-      .v = keys.v,
-      .keys = keys.keys,
-      .v_special = keys.v_special,
+      .keys = keys,
+      .k = nullptr,
+      .v = nullptr,
+      .v_special = nullptr,
       .lo = lo_,
       .hi = hi_,
       .scale = scale.scale,
@@ -123,7 +130,13 @@ void Rows::attend(const Forward& f, const SoftmaxSums& sums, const Pack& keys) {
       .m = sums.m,
       .l = sums.l,
       .scratch = tiles_,
-  });
+  };
+}
+
+void Rows::attend(const Forward& f, const SoftmaxSums& sums, const Pack& keys) {
+  AttendTask t = task(f, sums, keys.begin, keys.keys);
+  t.k = keys.k, t.v = keys.v, t.v_special = keys.v_special;
+  f.kernel.attend(t);
 }
 
 /// One more logit in the denominator: 1 / (l + e^sink) = 1 / l / (1 + e^(sink - lse)).

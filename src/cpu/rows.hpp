@@ -1,6 +1,9 @@
 // The rows of a forward task: found, attended, finished; and the packs of keys that they attend to.
 #pragma once
 
+#include <atomic>
+#include <vector>
+
 #include "core/problem.hpp"
 #include "cpu/arena.hpp"
 #include "cpu/kernels.hpp"
@@ -21,6 +24,10 @@ struct Head {
   int64_t index;  // batch entry * nheads_k + key head
   Sequence sequence;
 };
+
+/// Which heads of some must be done again by another kernel: tasks say so while they run.
+using Left = std::vector<std::atomic<bool>>;
+std::vector<int64_t> indices_of(const Left& left, const std::vector<Head>& heads);
 
 /// Packed keys [begin, begin + keys) of a head.
 struct Pack {
@@ -50,6 +57,8 @@ class Rows {
   bool start(const Forward& f, const SoftmaxSums& sums);
   /// Adds what the rows see of a pack.
   void attend(const Forward& f, const SoftmaxSums& sums, const Pack& keys);
+  /// The task of keys [begin, begin + keys), but for where they are.
+  AttendTask task(const Forward& f, const SoftmaxSums& sums, int64_t begin, int64_t keys);
   /// Writes out and lse.
   void finish(const Forward& f, const SoftmaxSums& sums);
 

@@ -15,6 +15,8 @@
 #include "cpu/kernel/finish.hpp"
 
 #include "cpu/kernel/attend.hpp"
+#include "cpu/kernel/in_place.hpp"
+
 #include "cpu/kernel/gradients.hpp"
 
 #include "cpu/kernel/backward.hpp"

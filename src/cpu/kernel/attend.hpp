@@ -15,11 +15,24 @@ inline constexpr int64_t kGroup = 12;  // 12 x 528 floats: 25 KB of L1
 inline constexpr int64_t kBlock = W == 16 ? 512 : 256;
 
 /// The probabilities take the place of the scores.
-struct InPlace {
+struct Overwrite {
   float* s;
   void operator()(int64_t j, vf p0, vf p1) const { store(s + j, p0), store(s + j + W, p1); }
   void operator()(int64_t j, vf p) const { store(s + j, p); }
 };
+
+/// The softmax of a group of rows [r0, r0 + rows): products s of keys [first, first + n) become probabilities, and
+/// m and l take them up. row_scale (rows): the factor for the rows' o.
+template <bool kDrops, int64_t kMost>
+FLASH_ATTN_INLINE void softmax_group(const AttendTask& t, int64_t r0, int64_t rows, float* s, int64_t lds,
+                                     int64_t first, int64_t n, bool partial, float* base, float* row_scale) {
+  float scale = 1.0f;
+  for (int64_t r = 0; r < rows; ++r) scale = score_row(t, r0 + r, s + r * lds, first, n, partial);
+  raise_maxima(s, lds, rows, n, scale, t.m + r0, base, row_scale);
+  for (int64_t r = 0; r < rows; ++r)
+    exponentials_kept<kDrops, kMost>(t.dropout, r0 + r, first, s + r * lds, n, scale, base[r], row_scale[r],
+                                     t.l + (r0 + r) * W, Overwrite{s + r * lds});
+}
 
 /// Compiled twice, so that dropout costs nothing where there is none.
 template <bool kDrops>
@@ -44,12 +57,7 @@ __attribute__((noinline)) void attend(const AttendTask& t) {
         multiply_panels({q + r0 * t.headdim, t.headdim, 1, nullptr, 0, s + (j - first), lds, t.headdim}, rows, k_panels,
                         j, end);
       }
-      float scale = 1.0f;
-      for (int64_t r = 0; r < rows; ++r) scale = score_row(t, r0 + r, s + r * lds, first, n, partial);
-      raise_maxima(s, lds, rows, n, scale, t.m + r0, base, row_scale);
-      for (int64_t r = 0; r < rows; ++r)
-        exponentials_kept<kDrops, kBlock>(t.dropout, r0 + r, first, s + r * lds, n, scale, base[r], row_scale[r],
-                                          t.l + (r0 + r) * W, InPlace{s + r * lds});
+      softmax_group<kDrops, kBlock>(t, r0, rows, s, lds, first, n, partial, base, row_scale);
 
       const Gemm g{s, lds, 1, nullptr, 0, t.o + r0 * ldo, ldo, n};
       if (!(partial && any_special(t.v_special, first, last))) {
@@ -94,6 +102,7 @@ inline constexpr AttendKernel kAttendFp32 = {
     .pack_k = attend_pack_k,
     .pack_v = attend_pack_v,
     .attend = attend_any,
+    .attend_in_place = nullptr,
     .plain_only = false,
 };
 

@@ -253,6 +253,7 @@ struct Tiles {
             .pack_k = pack_k,
             .pack_v = pack_v,
             .attend = attend_any,
+            .attend_in_place = nullptr,
             .plain_only = true};
   }
 };

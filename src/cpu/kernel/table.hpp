@@ -10,6 +10,7 @@ const Kernels kernels = {
     .attend_bf16 = &kAttendFp32,
     .attend_f16 = &kAttendFp32,
     .attend_any = &kAttendFp32,
+    .attend_in_place = &kAttendInPlace,
     .backward_f32 = &kBackwardFp32,
     .backward_bf16 = &kBackwardFp32,
     .backward_f16 = &kBackwardFp32,

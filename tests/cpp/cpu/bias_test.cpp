@@ -68,8 +68,8 @@ TEST(CpuBias, FewRows) {
         for (int j = 0; j < 2900; ++j) c.bias.put(-INFINITY, 0, 1, 2, j);  // nothing of the first splits
         for (int j = 0; j < 3000; ++j) c.bias.put(-INFINITY, 0, 2, 1, j);  // nothing at all
         c.dropout = {.p = dropout, .seed = 5, .offset = 6};
-        const cpu::AttendKernel& kernel = cpu::attend_kernel(*kernels, dtype);
-        ASSERT_GT(cpu::make_plan(make_problem(c.forward_call()), kernel, kernels->width).splits, 2);
+        const Problem p = make_problem(c.forward_call());
+        ASSERT_GT(cpu::make_plan(p, cpu::attend_kernel(*kernels, p), kernels->width).splits, 2);
         expect_as_oracle(c, *kernels, dtype == DType::f32 ? 2e-5 : dtype == DType::bf16 ? 8e-3 : 1e-3);
       }
     }
