@@ -104,6 +104,16 @@ typedef struct flash_attn_forward_args {
   const flash_attn_tensor* out;      /* as q, with headdim_v: written whole */
   const flash_attn_tensor* lse;      /* optional, fp32 (batch, nheads, seqlen_q) | (nheads, total_q): written whole */
   const flash_attn_options* options; /* optional */
+
+  /* Keys that join a cache at seqused_k before attention, and rotary embedding (NewKeys, Rotary): optional. */
+  const flash_attn_tensor* new_k;          /* (batch, seqlen_new, nheads_k, headdim) | (total_new, nheads_k, headdim) */
+  const flash_attn_tensor* new_v;          /* as new_k, with headdim_v; k and v are written to */
+  const flash_attn_tensor* cu_seqlens_new; /* int32 (batch+1): new_k and new_v are packed */
+  const flash_attn_tensor* rotary_cos;     /* (seqlen_rotary, rotary_dim / 2), dtype of q or fp32 */
+  const flash_attn_tensor* rotary_sin;     /* as rotary_cos */
+  const flash_attn_tensor* rotary_positions; /* int32 (batch): instead of seqused_k */
+  int32_t rotary_interleaved;                /* 0: pairs (i, i + rotary_dim / 2); 1: (2 i, 2 i + 1) */
+  int32_t reserved;                          /* 0 */
 } flash_attn_forward_args;
 
 typedef struct flash_attn_backward_args {

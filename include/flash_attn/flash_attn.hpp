@@ -35,6 +35,25 @@ struct Sequences {
   int64_t max_seqlen_k = -1;
 };
 
+/// Keys and values that join a cache before attention, which sees them too. Those of sequence b are written to its rows
+/// [seqused_k[b], seqused_k[b] + new): k and v of the call are then outputs as well, and seqused_k is required. It
+/// stays as it is: the caller counts.
+struct NewKeys {
+  Tensor k{};           // (batch, seqlen_new, nheads_k, headdim) | (total_new, nheads_k, headdim) with cu_seqlens
+  Tensor v{};           // (batch, seqlen_new, nheads_k, headdim_v) | (total_new, nheads_k, headdim_v)
+  Tensor cu_seqlens{};  // (batch+1): sequence b has rows [cu[b], cu[b+1])
+};
+
+/// Rotary position embedding (Su et al. 2021, eq. 34) of new keys and of q: a pair (x, y) of columns becomes
+/// (x cos - y sin, x sin + y cos), with the row of cos and sin that is its position. A new key stands where it is
+/// written in the cache; query i at seqused_k[b] + i under a mask, and at seqused_k[b] without one. Columns from
+/// rotary_dim on stay. Computed in fp32 (fp64 in fp64) and rounded once; the caller's q is only read.
+struct Rotary {
+  Tensor cos{}, sin{};       // (seqlen_rotary, rotary_dim / 2), in the dtype of q or fp32
+  bool interleaved = false;  // pairs are columns (2 i, 2 i + 1); else (i, i + rotary_dim / 2)
+  Tensor positions{};        // (batch) int32: instead of seqused_k
+};
+
 /// s = scale * q.k -> softcap * tanh(s / softcap) -> + ALiBi -> + bias -> mask -> softmax (with sink) -> dropout.
 /// Masks align bottom-right: query i stands at key position p = i + seqlen_k - seqlen_q.
 struct Scores {
@@ -75,6 +94,8 @@ struct Forward {
   Scores scores{};
   Dropout dropout{};
   Run run{};
+  NewKeys new_keys{};  // needs seqused_k, and k, v of one entry per sequence or pages
+  Rotary rotary{};     // needs new_keys
 };
 
 /// Gradients of `out` (and of lse, where dlse is given). `out` and `lse` are the forward's results.

@@ -164,6 +164,13 @@ Forward forward_call(const flash_attn_forward_args* given) {
                .out = tensor("out", a.out),
                .lse = tensor("lse", a.lse)};
   read_options(a.options, call);
+  call.new_keys = {.k = tensor("new_k", a.new_k),
+                   .v = tensor("new_v", a.new_v),
+                   .cu_seqlens = tensor("cu_seqlens_new", a.cu_seqlens_new)};
+  call.rotary = {.cos = tensor("rotary_cos", a.rotary_cos),
+                 .sin = tensor("rotary_sin", a.rotary_sin),
+                 .interleaved = a.rotary_interleaved != 0,
+                 .positions = tensor("rotary_positions", a.rotary_positions)};
   return call;
 }
 

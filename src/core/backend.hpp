@@ -23,6 +23,9 @@ class Backend {
   virtual bool automatic() const { return true; }
   /// The plan in words, for `explain`.
   virtual std::string plan(const Problem&) const { return {}; }
+  /// What comes before attention (core/append.hpp): new keys join the cache, rotated queries are written to `q`. A
+  /// backend with threads or memory of its own overrides it; forward then finds the keys in place and q rotated.
+  virtual void append(const Problem&, const Operand& q) const;
   /// Writes every row of out (and lse), or of dq, dk, dv (and dlse's fellows); rows of no sequence become 0
   /// (lse: problem.empty_lse()). Called only if it does not refuse.
   virtual void forward(const Problem&) const = 0;

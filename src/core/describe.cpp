@@ -28,6 +28,9 @@ void add_sequences(std::string& text, const Problem& p) {
   if (t.seqused_k) text += ", seqused_k";
   if (t.leftpad_k) text += ", leftpad_k";
   if (t.cache_batch_idx) text += ", cache_batch_idx";
+  if (p.append.rows > 0) text += t.cu_seqlens_new ? ", new keys" : ", " + std::to_string(p.append.rows) + " new keys";
+  if (p.append.rotates())
+    text += ", rotary " + std::to_string(p.append.rotary_dim) + (p.append.interleaved ? " interleaved" : "");
 }
 
 void add_scores(std::string& text, const Problem& p) {

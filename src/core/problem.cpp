@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <string>
 
+#include "core/append.hpp"
 #include "core/check.hpp"
 #include "core/overlap.hpp"
 #include "core/sequences.hpp"
@@ -163,18 +164,19 @@ void read_scores(const Scores& s, const Sequences& sequences, const Dropout& dro
   scores.dropout = dropout;
 }
 
-/// What forward and backward share: q, k, v, the sequences and the score pipeline.
+/// What forward and backward share: q, k, v, the sequences and the score pipeline. New keys make k and v outputs.
 template <class Call>
-void read_common(const Call& call, Problem& p, Memory& memory) {
+void read_common(const Call& call, const NewKeys& new_keys, Problem& p, Memory& memory) {
+  const bool writes = new_keys.k.present();
   memory.add_input("q", call.q);
-  memory.add_input("k", call.k);
-  memory.add_input("v", call.v);
+  writes ? memory.add_output("k", call.k) : memory.add_input("k", call.k);
+  writes ? memory.add_output("v", call.v) : memory.add_input("v", call.v);
   check_floating("q", call.q);
   p.dtype = call.q.dtype;
   p.device = call.q.device;
   check_dtype("k", call.k, p.dtype);
   check_dtype("v", call.v, p.dtype);
-  read_sequences(call.q, call.k, call.v, call.sequences, memory, p);
+  read_sequences(call.q, call.k, call.v, call.sequences, new_keys, memory, p);
   p.q = operand(call.q), p.k = operand(call.k), p.v = operand(call.v);
   read_scores(call.scores, call.sequences, call.dropout, p, memory);
   p.run = call.run;
@@ -186,7 +188,8 @@ Problem make_problem(const Forward& call) {
   require("q", call.q), require("k", call.k), require("v", call.v), require("out", call.out);
   Problem p;
   Memory memory(call.q.device);
-  read_common(call, p, memory);
+  read_common(call, call.new_keys, p, memory);
+  read_rotary(call.rotary, call.new_keys, memory, p);
   memory.add_output("out", call.out);
   check_out("out", call.out, call.q, p);
   p.out = operand(call.out);
@@ -206,7 +209,7 @@ Problem make_problem(const Backward& call) {
   Problem p;
   p.pass = Pass::backward;
   Memory memory(call.q.device);
-  read_common(call, p, memory);
+  read_common(call, {}, p, memory);
   if (call.sequences.block_table.present() || call.sequences.cache_batch_idx.present())
     fail(ErrorCode::not_supported, call.sequences.block_table.present() ? "block_table" : "cache_batch_idx",
          "a KV cache has no gradient; backward takes k and v as (batch, seqlen_k, ...) or packed");

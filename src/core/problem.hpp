@@ -46,7 +46,12 @@ struct SequenceTable {
   const int32_t *leftpad_k = nullptr, *cache_batch_idx = nullptr;
   const int32_t* block_table = nullptr;
   int64_t block_table_stride = 0, page_size = 0;
+  int64_t seqlen_new = 0;                   // keys that join each sequence behind its seqused_k, or
+  const int32_t* cu_seqlens_new = nullptr;  // how many join each
 
+  int64_t new_keys(int64_t b) const {
+    return cu_seqlens_new ? int64_t{cu_seqlens_new[b + 1]} - cu_seqlens_new[b] : seqlen_new;
+  }
   bool packed_q() const { return cu_seqlens_q != nullptr; }
 
   Sequence at(int64_t b) const {
@@ -59,12 +64,26 @@ struct SequenceTable {
     }
     if (cache_batch_idx) s.k_batch = cache_batch_idx[b];
     if (seqused_q) s.seqlen_q = seqused_q[b];
-    if (seqused_k) s.seqlen_k = seqused_k[b];
+    if (seqused_k) s.seqlen_k = seqused_k[b] + new_keys(b);
     if (leftpad_k) s.k_row += leftpad_k[b], s.seqlen_k -= leftpad_k[b];
     if (s.seqlen_k < 0) s.seqlen_k = 0;
     if (block_table) s.pages = block_table + b * block_table_stride;
     return s;
   }
+};
+
+/// What happens before attention (append.hpp): new keys join the cache, and are rotated, as the queries are.
+struct Append {
+  Operand k, v;            // (batch, row, head, col); absent if nothing joins
+  int64_t max_rows = 0;    // that join one sequence
+  int64_t rows = 0;        // of the memory, per batch entry
+  Operand cos, sin;        // (row: position, col); absent if nothing is rotated
+  int64_t rotary_dim = 0;  // even
+  bool interleaved = false;
+  const int32_t* positions = nullptr;  // of a sequence's first query and first new key; nullptr: its seqused_k
+
+  bool rotates() const { return cos.present(); }
+  bool present() const { return rows > 0 || rotates(); }
 };
 
 /// The score pipeline, in its order. Gradients run through the same list backwards.
@@ -104,6 +123,7 @@ struct Problem {
   Operand dlse, dbias, dsink;  // backward only, optional
 
   SequenceTable sequences;
+  Append append;  // forward only
   ScorePipeline scores;
   Run run;
 
@@ -112,7 +132,7 @@ struct Problem {
   /// it.
   bool writes_nothing() const {
     const bool no_queries = batch_q == 0 || rows_q == 0, no_keys = batch_k == 0 || rows_k == 0;
-    if (pass == Pass::forward) return no_queries;
+    if (pass == Pass::forward) return no_queries && append.rows == 0;
     return no_queries && no_keys && !dbias.present() && !dsink.present();
   }
   float empty_lse() const {

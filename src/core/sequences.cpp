@@ -9,6 +9,8 @@
 #include <string>
 #include <utility>
 
+#include "core/append.hpp"
+
 namespace flash_attn {
 namespace {
 
@@ -99,6 +101,7 @@ void read_contents(Problem& p) {
   if (t.cu_seqlens_q) check_cu_seqlens("cu_seqlens_q", t.cu_seqlens_q, p.batch, p.rows_q);
   if (t.cu_seqlens_k)
     check_cu_seqlens("cu_seqlens_k", t.cu_seqlens_k, p.batch, paged ? std::numeric_limits<int64_t>::max() : p.rows_k);
+  if (t.cu_seqlens_new) check_cu_seqlens("new_keys.cu_seqlens", t.cu_seqlens_new, p.batch, p.append.rows);
   for (int64_t b = 0; b < p.batch; ++b) {
     const int64_t rows_q = t.cu_seqlens_q ? int64_t{t.cu_seqlens_q[b + 1]} - t.cu_seqlens_q[b] : t.seqlen_q;
     const int64_t rows_k = t.cu_seqlens_k ? int64_t{t.cu_seqlens_k[b + 1]} - t.cu_seqlens_k[b] : t.seqlen_k;
@@ -106,12 +109,16 @@ void read_contents(Problem& p) {
       fail_entry("cu_seqlens_k", b + 1,
                  "a length within the pages, max_blocks * page_size = " + std::to_string(t.seqlen_k), rows_k);
     if (t.seqused_q) check_range("seqused_q", b, t.seqused_q[b], rows_q, "the rows of the sequence");
-    if (t.seqused_k) check_range("seqused_k", b, t.seqused_k[b], rows_k, "the rows of the sequence");
+    const int64_t new_keys = t.new_keys(b);
+    p.append.max_rows = std::max(p.append.max_rows, new_keys);
+    if (t.seqused_k)
+      check_range("seqused_k", b, t.seqused_k[b], rows_k - new_keys,
+                  new_keys > 0 ? "the rows of the sequence less its new keys" : "the rows of the sequence");
     const int64_t used_k = t.seqused_k ? t.seqused_k[b] : rows_k;
     if (t.leftpad_k) check_range("leftpad_k", b, t.leftpad_k[b], used_k, "the keys of the sequence");
     if (t.cache_batch_idx)
       check_range("cache_batch_idx", b, t.cache_batch_idx[b], p.batch_k - 1, "the last entry of k");
-    if (paged) check_pages(t, b, t.leftpad_k ? t.leftpad_k[b] : 0, used_k, p.batch_k);
+    if (paged) check_pages(t, b, t.leftpad_k ? t.leftpad_k[b] : 0, used_k + new_keys, p.batch_k);
     const Sequence sequence = t.at(b);
     p.max_seqlen_q = std::max(p.max_seqlen_q, sequence.seqlen_q);
     p.max_seqlen_k = std::max(p.max_seqlen_k, sequence.seqlen_k);
@@ -133,7 +140,8 @@ int64_t bound(const char* argument, int64_t given, bool packed, int64_t capacity
 
 }  // namespace
 
-void read_sequences(const Tensor& q, const Tensor& k, const Tensor& v, const Sequences& s, Memory& memory, Problem& p) {
+void read_sequences(const Tensor& q, const Tensor& k, const Tensor& v, const Sequences& s, const NewKeys& new_keys,
+                    Memory& memory, Problem& p) {
   const Tensor *cu_q = &s.cu_seqlens_q, *cu_k = &s.cu_seqlens_k;
   for (const auto& [argument, cu] : {std::pair{"cu_seqlens_q", cu_q}, std::pair{"cu_seqlens_k", cu_k}})
     if (cu->present()) {
@@ -169,6 +177,7 @@ void read_sequences(const Tensor& q, const Tensor& k, const Tensor& v, const Seq
   t.seqused_q = integers(s.seqused_q), t.seqused_k = integers(s.seqused_k);
   t.leftpad_k = integers(s.leftpad_k), t.cache_batch_idx = integers(s.cache_batch_idx);
   t.block_table = integers(s.block_table);
+  read_new_keys(new_keys, s, memory, p);
 
   if (!p.device.is_cpu()) {
     p.max_seqlen_q = bound("max_seqlen_q", s.max_seqlen_q, s.cu_seqlens_q.present(), t.seqlen_q);

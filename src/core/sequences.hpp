@@ -6,8 +6,10 @@
 
 namespace flash_attn {
 
-/// Decides the layout by which of `s` is present, checks the ranks and shapes of q, k, v and all of `s`, and fills the
-/// dimensions of `p` (batch, nheads, headdim, rows, lengths) and p.sequences. Contents are read on the CPU only.
-void read_sequences(const Tensor& q, const Tensor& k, const Tensor& v, const Sequences& s, Memory& memory, Problem& p);
+/// Decides the layout by which of `s` is present, checks the ranks and shapes of q, k, v, all of `s` and the keys that
+/// join, and fills the dimensions of `p` (batch, nheads, headdim, rows, lengths) and p.sequences. Contents are read on
+/// the CPU only.
+void read_sequences(const Tensor& q, const Tensor& k, const Tensor& v, const Sequences& s, const NewKeys& new_keys,
+                    Memory& memory, Problem& p);
 
 }  // namespace flash_attn

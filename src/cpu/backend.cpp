@@ -1,8 +1,10 @@
 // The CPU backend as the core sees it.
 #include "core/backend.hpp"
+#include "core/append.hpp"
 #include "cpu/driver.hpp"
 #include "cpu/isa.hpp"
 #include "cpu/plan.hpp"
+#include "cpu/threads.hpp"
 
 namespace flash_attn {
 namespace {
@@ -26,6 +28,9 @@ class CpuBackend final : public Backend {
     }
     const cpu::AttendKernel& kernel = cpu::attend_kernel(k, p);
     return cpu::describe(cpu::make_plan(p, kernel, k.width), k, kernel);
+  }
+  void append(const Problem& p, const Operand& q) const override {
+    cpu::parallel_for(append_blocks(p), cpu::max_workers(), [&](int64_t i, int) { append_block(p, q, i); });
   }
   void forward(const Problem& p) const override { cpu::forward(p, cpu::active_kernels()); }
   void backward(const Problem& p) const override { cpu::backward(p, cpu::active_kernels()); }

@@ -3,6 +3,7 @@
 
 #include <atomic>
 #include <cmath>
+#include <cstddef>
 #include <cstring>
 #include <functional>
 #include <ostream>
@@ -68,6 +69,50 @@ TEST(CApi, ForwardIsTheCppForward) {
                        .scores = {.softmax_scale = 0.3, .causal = true}});
   EXPECT_EQ(c.out_data, out);
   EXPECT_EQ(c.lse_data, lse);
+}
+
+TEST(CApi, NewKeysJoinTheCache) {
+  Call c;
+  int32_t used_data[2] = {3, 5}, positions_data[2] = {0, 9};
+  const int64_t two = 2;
+  std::vector<float> new_k = Call::filled(64), new_v = Call::filled(64), cos = Call::filled(30), sin = Call::filled(30);
+  flash_attn_tensor used = flash_attn_view(used_data, FLASH_ATTN_I32, 1, &two),
+                    positions = flash_attn_view(positions_data, FLASH_ATTN_I32, 1, &two);
+  flash_attn_tensor tk = Call::tensor(new_k, {2, 2, 2, 8}), tv = Call::tensor(new_v, {2, 2, 2, 8}),
+                    tcos = Call::tensor(cos, {15, 2}), tsin = Call::tensor(sin, {15, 2});
+  c.options.seqused_k = &used;
+  c.args.new_k = &tk, c.args.new_v = &tv, c.args.rotary_cos = &tcos, c.args.rotary_sin = &tsin;
+  c.args.rotary_positions = &positions, c.args.rotary_interleaved = 1;
+  std::vector<float> k = c.k_data, v = c.v_data, out(320);
+  ASSERT_EQ(flash_attn_forward(&c.args), FLASH_ATTN_OK) << flash_attn_last_error();
+  using flash_attn::view;
+  flash_attn::forward({.q = view(c.q_data.data(), {2, 5, 4, 8}),
+                       .k = view(k.data(), {2, 7, 2, 8}),
+                       .v = view(v.data(), {2, 7, 2, 8}),
+                       .out = view(out.data(), {2, 5, 4, 8}),
+                       .sequences = {.seqused_k = view(used_data, {2})},
+                       .new_keys = {.k = view(new_k.data(), {2, 2, 2, 8}), .v = view(new_v.data(), {2, 2, 2, 8})},
+                       .rotary = {.cos = view(cos.data(), {15, 2}),
+                                  .sin = view(sin.data(), {15, 2}),
+                                  .interleaved = true,
+                                  .positions = view(positions_data, {2})}});
+  EXPECT_EQ(c.out_data, out);
+  EXPECT_EQ(c.k_data, k);
+  EXPECT_NE(c.k_data, Call::filled(224));
+  EXPECT_EQ(c.v_data, v);
+
+  c.args.new_v = nullptr;
+  EXPECT_EQ(flash_attn_forward(&c.args), FLASH_ATTN_INVALID_ARGUMENT);
+  EXPECT_TRUE(contains(flash_attn_last_error(), "new_keys.v: required")) << flash_attn_last_error();
+  EXPECT_EQ(c.k_data, k);
+}
+
+/// A program that was built against the first header knows nothing of new keys.
+TEST(CApi, ForwardArgsOfTheFirstRelease) {
+  Call c;
+  c.args.new_k = &c.q;  // behind what it says it has
+  c.args.struct_size = offsetof(flash_attn_forward_args, new_k);
+  EXPECT_EQ(flash_attn_forward(&c.args), FLASH_ATTN_OK) << flash_attn_last_error();
 }
 
 TEST(CApi, OptionsMayBeAbsent) {

@@ -82,6 +82,15 @@ inline Forward cached_call(Store& store) {
   return call;
 }
 
+/// Two new keys of each of two sequences join pages of 4 that hold 5 and 1; 4 of 8 columns are rotated.
+inline Forward joining_call(Store& store) {
+  Forward call = paged_call(store);
+  call.sequences.seqused_k = store.ints({5, 1});
+  call.new_keys = {.k = store.floats({2, 2, 2, 8}), .v = store.floats({2, 2, 2, 6})};
+  call.rotary = {.cos = store.floats({12, 2}), .sin = store.floats({12, 2})};
+  return call;
+}
+
 inline Backward backward_call(Store& store) {
   const Forward f = fixed_call(store);
   Backward call{.dout = store.floats({2, 5, 4, 6}),

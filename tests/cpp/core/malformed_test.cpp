@@ -125,6 +125,45 @@ const std::vector<Row<Forward>> kForward = {
   {"block_table_int64", paged_call, [](F& c, S& s) { c.sequences.block_table = s.floats({2, 2}, DType::i64); }, kType, {"block_table: expected int32, got int64"}},
   {"page_size_0", paged_call, [](F& c, S&) { c.k.shape[1] = c.v.shape[1] = 0; }, kInvalid, {"k: expected page_size >= 1"}},
 
+  {"new_v_absent", joining_call, [](F& c, S&) { c.new_keys.v = {}; }, kInvalid, {"new_keys.v: required where new_keys.k is given"}},
+  {"new_k_absent", joining_call, [](F& c, S&) { c.new_keys.k = {}; }, kInvalid, {"new_keys.k: required where new_keys.v is given"}},
+  {"new_without_seqused", joining_call, [](F& c, S&) { c.sequences.seqused_k = {}; }, kInvalid, {"seqused_k: required where new_keys are given"}},
+  {"new_with_cu_seqlens_k", joining_call, [](F& c, S& s) { c.sequences.cu_seqlens_k = s.ints({0, 4, 8}); }, kInvalid, {"cu_seqlens_k: given with new_keys"}},
+  {"new_k_rank", joining_call, [](F& c, S& s) { c.new_keys.k = s.floats({4, 2, 8}); }, kInvalid, {"new_keys.k: expected 4 dimensions (batch, seqlen_new, nheads_k, headdim)", "(4, 2, 8)"}},
+  {"new_k_packed_rank", joining_call, [](F& c, S& s) { c.new_keys.cu_seqlens = s.ints({0, 1, 2}); }, kInvalid, {"new_keys.k: expected 3 dimensions (total_new, nheads_k, headdim)"}},
+  {"new_k_dtype", joining_call, [](F& c, S& s) { c.new_keys.k = s.floats({2, 2, 2, 8}, DType::f16); }, kType, {"new_keys.k: expected float32, got float16"}},
+  {"new_k_batch", joining_call, [](F& c, S& s) { c.new_keys.k = s.floats({3, 2, 2, 8}); }, kInvalid, {"new_keys.k: expected batch = 2"}},
+  {"new_k_heads", joining_call, [](F& c, S& s) { c.new_keys.k = s.floats({2, 2, 4, 8}); }, kInvalid, {"new_keys.k: expected nheads_k = 2"}},
+  {"new_k_headdim", joining_call, [](F& c, S& s) { c.new_keys.k = s.floats({2, 2, 2, 6}); }, kInvalid, {"new_keys.k: expected headdim = 8"}},
+  {"new_v_headdim", joining_call, [](F& c, S& s) { c.new_keys.v = s.floats({2, 2, 2, 8}); }, kInvalid, {"new_keys.v: expected headdim_v = 6"}},
+  {"new_v_rows", joining_call, [](F& c, S& s) { c.new_keys.v = s.floats({2, 3, 2, 6}); }, kInvalid, {"new_keys.v: expected the shape of new_keys.k, (2, 2, 2, 8)", "(2, 3, 2, 6)"}},
+  {"new_cu_alone", joining_call, [](F& c, S& s) { c.new_keys = {.cu_seqlens = s.ints({0, 1, 2})}; }, kInvalid, {"new_keys.cu_seqlens: given without new_keys.k"}},
+  {"new_cu_beyond", joining_call, [](F& c, S& s) { c.new_keys = {.k = s.floats({3, 2, 8}), .v = s.floats({3, 2, 6}), .cu_seqlens = s.ints({0, 1, 4})}; }, kInvalid, {"new_keys.cu_seqlens[2]: expected at most the rows there are, 3, got 4"}},
+  {"new_cu_decreases", joining_call, [](F& c, S& s) { c.new_keys = {.k = s.floats({3, 2, 8}), .v = s.floats({3, 2, 6}), .cu_seqlens = s.ints({0, 2, 1})}; }, kInvalid, {"new_keys.cu_seqlens[2]: expected at least the entry before, 2, got 1"}},
+  {"new_cu_int64", joining_call, [](F& c, S& s) { c.new_keys = {.k = s.floats({3, 2, 8}), .v = s.floats({3, 2, 6}), .cu_seqlens = s.floats({3}, DType::i64)}; }, kType, {"new_keys.cu_seqlens: expected int32, got int64"}},
+  {"new_beyond_cache", joining_call, [](F& c, S&) { set(c.sequences.seqused_k, 0, 7); }, kInvalid, {"seqused_k[0]: expected 0 <= entry <= the rows of the sequence less its new keys = 6, got 7"}},
+  {"new_page_beyond", joining_call, [](F& c, S&) { set(c.sequences.seqused_k, 1, 3), set(c.sequences.block_table, 3, 5); }, kInvalid, {"block_table[1, 1]: expected 0 <= entry < num_blocks = 5, got 5"}},
+  {"new_on_one_page", joining_call, [](F& c, S&) { set(c.sequences.seqused_k, 1, 2), set(c.sequences.block_table, 2, 1); }, kInvalid, {"block_table: sequences 0 and 1 would write the same row 2 of page 1"}},
+  {"new_on_one_entry", cached_call, [](F& c, S& s) { c.sequences.seqused_k = s.ints({3, 4}), c.sequences.cache_batch_idx = s.ints({1, 1}); c.new_keys = {.k = s.floats({2, 2, 2, 8}), .v = s.floats({2, 2, 2, 6})}; c.sequences.leftpad_k = {}; }, kInvalid, {"cache_batch_idx: sequences 0 and 1 would write the same row 4 of entry 1"}},
+  {"new_leftpad_hides", joining_call, [](F& c, S& s) { c.sequences.leftpad_k = s.ints({6, 0}); }, kInvalid, {"leftpad_k[0]: expected 0 <= entry", "= 5, got 6"}},
+  {"new_k_is_cache", joining_call, [](F& c, S&) { c.new_keys.k.data = c.k.data; }, kInvalid, {"k: an output must not overlap", "new_keys.k"}},
+  {"cache_is_q", joining_call, [](F& c, S&) { c.q.data = c.k.data; }, kInvalid, {"k: an output must not overlap", "q"}},
+  {"cache_expanded", joining_call, [](F& c, S&) { c.v.stride[2] = 0; }, kInvalid, {"v: an output needs every element in a place of its own"}},
+  {"rotary_without_new", paged_call, [](F& c, S& s) { c.rotary = {.cos = s.floats({12, 2}), .sin = s.floats({12, 2})}; }, kInvalid, {"rotary.cos: given without new_keys"}},
+  {"rotary_sin_absent", joining_call, [](F& c, S&) { c.rotary.sin = {}; }, kInvalid, {"rotary.sin: required"}},
+  {"rotary_sin_alone", joining_call, [](F& c, S&) { c.rotary.cos = {}; }, kInvalid, {"rotary.sin: given without rotary.cos"}},
+  {"rotary_positions_alone", joining_call, [](F& c, S& s) { c.rotary = {.positions = s.ints({0, 0})}; }, kInvalid, {"rotary.positions: given without rotary.cos"}},
+  {"rotary_rank", joining_call, [](F& c, S& s) { c.rotary.cos = s.floats({12, 2, 1}); }, kInvalid, {"rotary.cos: expected 2 dimensions (seqlen_rotary, rotary_dim / 2)"}},
+  {"rotary_sin_shape", joining_call, [](F& c, S& s) { c.rotary.sin = s.floats({12, 3}); }, kInvalid, {"rotary.sin: expected the shape of rotary.cos, (12, 2), got (12, 3)"}},
+  {"rotary_dtype", joining_call, [](F& c, S& s) { c.rotary.cos = s.floats({12, 2}, DType::f16); }, kType, {"rotary.cos: expected float32, got float16"}},
+  {"rotary_too_wide", joining_call, [](F& c, S& s) { c.rotary.cos = c.rotary.sin = s.floats({12, 5}); }, kInvalid, {"rotary.cos: expected 1 to headdim / 2 = 4 columns, got (12, 5)"}},
+  {"rotary_no_columns", joining_call, [](F& c, S& s) { c.rotary.cos = c.rotary.sin = s.floats({12, 0}); }, kInvalid, {"rotary.cos: expected 1 to headdim / 2"}},
+  {"rotary_too_short", joining_call, [](F& c, S& s) { c.rotary.cos = c.rotary.sin = s.floats({6, 2}); }, kInvalid, {"rotary.cos: expected at least 7 rows, the positions that sequence 0 reaches, got 6"}},
+  {"rotary_too_short_for_q", joining_call, [](F& c, S& s) { c.scores.causal = true, c.rotary.cos = c.rotary.sin = s.floats({9, 2}); }, kInvalid, {"rotary.cos: expected at least 10 rows"}},
+  {"rotary_position_negative", joining_call, [](F& c, S& s) { c.rotary.positions = s.ints({0, -1}); }, kInvalid, {"rotary.positions[1]: expected at least 0, got -1"}},
+  {"rotary_position_beyond", joining_call, [](F& c, S& s) { c.rotary.positions = s.ints({0, 11}); }, kInvalid, {"rotary.cos: expected at least 13 rows, the positions that sequence 1 reaches"}},
+  {"rotary_positions_int64", joining_call, [](F& c, S& s) { c.rotary.positions = s.floats({2}, DType::i64); }, kType, {"rotary.positions: expected int32, got int64"}},
+
   {"out_is_q", fixed_call, [](F& c, S& s) { c.v = s.floats({2, 7, 2, 8}); c.out = c.q; }, kInvalid, {"out: an output must not overlap", "q"}},
   {"out_shares_with_lse", fixed_call, [](F& c, S&) { c.lse.data = static_cast<float*>(c.out.data) + 8; }, kInvalid, {"out: an output must not overlap", "lse"}},
   {"out_expanded", fixed_call, [](F& c, S&) { c.out.stride[0] = 0; }, kInvalid, {"out: an output needs every element in a place of its own"}},
@@ -188,7 +227,7 @@ INSTANTIATE_TEST_SUITE_P(Table, MalformedBackward, testing::ValuesIn(kBackward),
                          [](const auto& info) { return info.param.name; });
 
 TEST(Malformed, TheUnspoiltCallsAreServed) {
-  for (const auto make : {fixed_call, packed_call, paged_call, cached_call}) {
+  for (const auto make : {fixed_call, packed_call, paged_call, cached_call, joining_call}) {
     Store store;
     Forward call = make(store);
     call.run.backend = "reference";
