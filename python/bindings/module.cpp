@@ -6,6 +6,7 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <exception>
 #include <string>
 #include <string_view>
@@ -136,6 +137,67 @@ void py_backward(nb::handle dout, nb::handle q, nb::handle k, nb::handle v, nb::
   backward(call);
 }
 
+/// What the core calls otherwise than flash_attn_with_kvcache does: every such word of a message is replaced.
+std::string in_words_of_the_cache(const std::string& message) {
+  static constexpr std::pair<std::string_view, std::string_view> kNames[] = {
+      {"k", "k_cache"},
+      {"v", "v_cache"},
+      {"new_keys", "k and v"},
+      {"new_keys.k", "k"},
+      {"new_keys.v", "v"},
+      {"new_keys.cu_seqlens", "cu_seqlens_k_new"},
+      {"rotary.cos", "rotary_cos"},
+      {"rotary.sin", "rotary_sin"},
+      {"rotary.positions", "rotary_positions"},
+      {"seqused_k", "cache_seqlens"},
+      {"leftpad_k", "cache_leftpad"},
+  };
+  constexpr std::string_view kLetters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.";
+  std::string text;
+  for (std::size_t at = 0; at < message.size();) {
+    const std::size_t end = std::min(message.find_first_not_of(kLetters, at), message.size());
+    std::string_view word = std::string_view(message).substr(at, end - at);
+    for (const auto& [core, python] : kNames) {
+      if (word == core) {
+        word = python;
+        break;
+      }
+    }
+    text.append(word);
+    at = std::min(message.find_first_of(kLetters, end), message.size());
+    text.append(message, end, at - end);
+  }
+  return text;
+}
+
+void py_forward_with_cache(nb::handle q, nb::handle k_cache, nb::handle v_cache, nb::handle out, nb::handle lse,
+                           nb::handle k, nb::handle v, nb::handle cu_seqlens_k_new, nb::handle cache_batch_idx,
+                           nb::handle rotary_cos, nb::handle rotary_sin, bool rotary_interleaved,
+                           nb::handle rotary_positions, const nb::tuple& options) {
+  Owners owners;
+  Forward call{.q = tensor(q, "q", owners),
+               .k = tensor(k_cache, "k_cache", owners),
+               .v = tensor(v_cache, "v_cache", owners),
+               .out = tensor(out, "out", owners),
+               .lse = tensor(lse, "softmax_lse", owners),
+               .new_keys = {.k = tensor(k, "k", owners),
+                            .v = tensor(v, "v", owners),
+                            .cu_seqlens = tensor(cu_seqlens_k_new, "cu_seqlens_k_new", owners)},
+               .rotary = {.cos = tensor(rotary_cos, "rotary_cos", owners),
+                          .sin = tensor(rotary_sin, "rotary_sin", owners),
+                          .interleaved = rotary_interleaved,
+                          .positions = tensor(rotary_positions, "rotary_positions", owners)}};
+  call.sequences.cache_batch_idx = tensor(cache_batch_idx, "cache_batch_idx", owners);
+  try {
+    Options{options}.fill(call, owners);
+    nb::gil_scoped_release free_interpreter;
+    follow_host_threads();
+    forward(call);
+  } catch (const Error& e) {
+    throw Error(e.code(), in_words_of_the_cache(e.what()));
+  }
+}
+
 /// (problem, [(backend, chosen, why_not)], plan)
 nb::tuple to_python(const Explanation& e) {
   nb::list candidates;
@@ -206,6 +268,10 @@ NB_MODULE(_C, m) {
   nb::register_exception_translator(translate);
   m.def("forward", &py_forward, FA_FORWARD_ARGS);
   m.def("backward", &py_backward, FA_BACKWARD_ARGS);
+  m.def("forward_with_cache", &py_forward_with_cache, FA_ARG("q"), FA_ARG("k_cache"), FA_ARG("v_cache"), FA_ARG("out"),
+        FA_ARG("softmax_lse"), FA_ARG("k"), FA_ARG("v"), FA_ARG("cu_seqlens_k_new"), FA_ARG("cache_batch_idx"),
+        FA_ARG("rotary_cos"), FA_ARG("rotary_sin"), nb::arg("rotary_interleaved"), FA_ARG("rotary_positions"),
+        nb::arg("options"));
   m.def("explain_forward", &py_explain_forward, FA_FORWARD_ARGS);
   m.def("explain_backward", &py_explain_backward, FA_BACKWARD_ARGS);
   m.def("backends", &py_backends);

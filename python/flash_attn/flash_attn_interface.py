@@ -25,6 +25,7 @@ from flash_attn._autograd import (
     FlashAttnVarlenQKVPackedFunc,
 )
 from flash_attn._backend import current
+from flash_attn._kvcache import flash_attn_with_kvcache
 from flash_attn._ops import round_multiple
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "flash_attn_varlen_func",
     "flash_attn_varlen_kvpacked_func",
     "flash_attn_varlen_qkvpacked_func",
+    "flash_attn_with_kvcache",
     "maybe_contiguous",
     "round_multiple",
 ]

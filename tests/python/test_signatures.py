@@ -92,6 +92,17 @@ def test_public_signature(name):
     assert all(signature.parameters[n].default is None for n in extensions)
 
 
+def test_kvcache_signature():
+    signature = inspect.signature(flash_attn.flash_attn_with_kvcache)
+    assert plain(signature) == (
+        "(q, k_cache, v_cache, k=None, v=None, rotary_cos=None, rotary_sin=None, cache_seqlens=None, "
+        "cache_batch_idx=None, cache_leftpad=None, block_table=None, softmax_scale=None, causal=False, "
+        "window_size=(-1, -1), softcap=0.0, rotary_interleaved=True, alibi_slopes=None, num_splits=0, "
+        "return_softmax_lse=False)"
+    )
+    assert interface.flash_attn_with_kvcache is flash_attn.flash_attn_with_kvcache
+
+
 @pytest.mark.parametrize("name", PRIVATE)
 def test_private_signature(name):
     function = getattr(interface, name)
