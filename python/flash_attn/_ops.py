@@ -12,6 +12,7 @@ from torch import Tensor
 
 from flash_attn import _C
 from flash_attn._options import options
+from flash_attn._s_dmask import empty_s_dmask, round_multiple, s_dmask
 
 _PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
 _is_compiling = torch.compiler.is_compiling
@@ -69,20 +70,20 @@ def _run_forward(q, k, v, dropout_p, return_softmax, scores, sequences):
     """-> out, softmax_lse, S_dmask, rng_state."""
     if not isinstance(dropout_p, (int, float)):
         raise TypeError(f"dropout_p: expected a number, got {type(dropout_p).__name__}")
-    if return_softmax and dropout_p > 0:
-        raise NotImplementedError("return_attn_probs: the dropout mask (S_dmask) is not available with dropout_p > 0")
     # (seed, offset), drawn from torch's generator of the device: torch.manual_seed repeats the mask.
     rng_state = _empty_rng_state(q).random_() if dropout_p > 0 else _empty_rng_state(q).zero_()
     seed, offset = _seed_and_offset(dropout_p, rng_state)
     out, lse = empty_out(q, v), empty_lse(q)
     _C.forward(q, k, v, out, lse, options(*scores, *sequences, dropout_p, seed, offset))
+    if return_softmax and dropout_p > 0:
+        return out, lse, s_dmask(q, k, scores, sequences, (dropout_p, seed, offset)), rng_state
     return out, lse, q.new_empty((0,)), rng_state
 
 
-def _fake_forward(q, k, v, dropout_p, return_softmax, max_seqlen_q, max_seqlen_k):
-    if return_softmax and dropout_p > 0:
-        raise NotImplementedError("return_attn_probs: the dropout mask (S_dmask) is not available with dropout_p > 0")
-    return empty_out(q, v), empty_lse(q), q.new_empty((0,)), _empty_rng_state(q)
+def _fake_forward(q, v, dropout_p, return_softmax, batch, max_seqlen_q, max_seqlen_k):
+    with_mask = return_softmax and dropout_p > 0
+    mask = empty_s_dmask(q, batch, q.shape[-2], max_seqlen_q, max_seqlen_k) if with_mask else q.new_empty((0,))
+    return empty_out(q, v), empty_lse(q), mask, _empty_rng_state(q)
 
 
 _FORWARD_TAIL = "Tensor? attn_bias=None, Tensor? learnable_sink=None) -> (Tensor, Tensor, Tensor, Tensor)"
@@ -112,7 +113,7 @@ def _(
     q, k, v, dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes,
     return_softmax, attn_bias=None, learnable_sink=None,
 ):  # fmt: skip
-    return _fake_forward(q, k, v, dropout_p, return_softmax, q.shape[1], k.shape[1])
+    return _fake_forward(q, v, dropout_p, return_softmax, q.shape[0], q.shape[1], k.shape[1])
 
 
 @torch.library.custom_op(
@@ -142,11 +143,7 @@ def _(
     window_size_left=-1, window_size_right=-1, softcap=0.0, alibi_slopes=None, return_softmax=False, block_table=None,
     leftpad_k=None, seqused_k=None, zero_tensors=False, num_splits=0, attn_bias=None, learnable_sink=None,
 ):  # fmt: skip
-    return _fake_forward(q, k, v, dropout_p, return_softmax, max_seqlen_q, max_seqlen_k)
-
-
-def round_multiple(x: int, m: int) -> int:
-    return (x + m - 1) // m * m
+    return _fake_forward(q, v, dropout_p, return_softmax, cu_seqlens_q.numel() - 1, max_seqlen_q, max_seqlen_k)
 
 
 def _softmax_d(dout: Tensor, out: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from flash_attn._autograd import (
 )
 from flash_attn._backend import current
 from flash_attn._kvcache import flash_attn_with_kvcache
-from flash_attn._ops import round_multiple
+from flash_attn._s_dmask import round_multiple
 
 __all__ = [
     "FlashAttnFunc",
@@ -324,7 +324,8 @@ def flash_attn_func(
     softcap: scores become softcap * tanh(score / softcap), if > 0.
     alibi_slopes: fp32 (nheads) or (batch, nheads); adds -slope * |p - j|. No gradient.
     return_attn_probs: -> out, softmax_lse (batch, nheads, seqlen_q) fp32 (natural logarithm; +inf where a row sees no
-        key), and S_dmask, which is empty without dropout.
+        key), and S_dmask, for tests: empty without dropout; with it (batch, nheads, seqlen_q, seqlen_k), both lengths
+        rounded up to 128, in the dtype of q: exp(score - the row's largest), negative where it was dropped.
     """
     if _ops.is_plain(q, k, v) and not _needs_grad(learnable_sink, attn_bias, q, k, v):
         return _infer(

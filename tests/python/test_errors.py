@@ -245,7 +245,10 @@ def test_malformed_backward_writes_nothing():
         assert all((call[n] == 7).all() for n in ("dq", "dk", "dv")), what
 
 
-def test_the_dropout_mask_is_refused_in_words():
-    q, k, v = torch.randn(Q), torch.randn(K), torch.randn(K)
-    with pytest.raises(NotImplementedError, match="S_dmask"):
-        flash_attn.flash_attn_func(q, k, v, dropout_p=0.5, return_attn_probs=True)
+def test_the_dropout_mask_of_pages_is_refused_in_words():
+    q, pages, lengths = torch.randn(2, 4, 16), torch.randn(3, 8, 2, 16), torch.tensor([0, 2], dtype=torch.int32)
+    table = torch.zeros(1, 2, dtype=torch.int32)
+    with pytest.raises(NotImplementedError, match="S_dmask is not available with block_table"):
+        flash_attn.flash_attn_varlen_func(
+            q, pages, pages, lengths, lengths, 2, 2, dropout_p=0.5, return_attn_probs=True, block_table=table
+        )

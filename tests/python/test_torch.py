@@ -248,3 +248,12 @@ def test_second_derivatives_are_refused():
     (g,) = torch.autograd.grad(flash_attn.flash_attn_func(q, k, v).sum(), q, create_graph=True)
     with pytest.raises(RuntimeError):
         torch.autograd.grad(g.sum(), q)
+
+
+def test_compiles_with_the_dropout_mask():
+    def step(q, k, v):
+        return flash_attn.flash_attn_func(q, k, v, 0.5, return_attn_probs=True)
+
+    torch.compiler.reset()
+    out, _, S = torch.compile(step, fullgraph=True, backend="aot_eager")(*fixed_inputs())
+    assert S.shape == (2, 4, 128, 128) and (S < 0).any() and out.shape == (2, 9, 4, 16)

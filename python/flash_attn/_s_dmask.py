@@ -1,0 +1,71 @@
+"""S_dmask: the probabilities of a call with dropout, negative where they were dropped. For looking at, and for tests.
+
+It takes seqlen_q * seqlen_k memory, and no kernel of its own: attention over one-hot values is its own matrix of
+probabilities. One call without dropout gives P, one with equal scores tells what is kept.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flash_attn import _C
+from flash_attn._options import options
+
+_EQUAL_SCORES = (1.0, False, -1, -1, 0.0, None, None, None)
+
+
+def round_multiple(x: int, m: int) -> int:
+    return (x + m - 1) // m * m
+
+
+def empty_s_dmask(q: Tensor, sequences: int, nheads: int, seqlen_q: int, seqlen_k: int) -> Tensor:
+    """(batch, nheads, seqlen_q, seqlen_k), both lengths rounded up to 128; of packed sequences the longest."""
+    return q.new_empty((sequences, nheads, round_multiple(seqlen_q, 128), round_multiple(seqlen_k, 128)))
+
+
+def _one_hot_values(k: Tensor, cu_seqlens_k: Tensor | None, leftpad_k: Tensor | None, seqlen_k: int) -> Tensor:
+    """(..., nheads_k, seqlen_k): key j of its sequence has a one in column j."""
+    if cu_seqlens_k is None:
+        column = torch.arange(seqlen_k, device=k.device).expand(k.shape[:2])
+    else:
+        rows = torch.arange(k.shape[0], device=k.device, dtype=torch.int32)
+        b = torch.searchsorted(cu_seqlens_k[1:], rows, right=True).clamp_(max=cu_seqlens_k.numel() - 2)
+        first = cu_seqlens_k[:-1] if leftpad_k is None else cu_seqlens_k[:-1] + leftpad_k
+        column = (rows - first[b]).clamp_(0, seqlen_k - 1).long()  # rows of no sequence are not read
+    one_hot = torch.nn.functional.one_hot(column, seqlen_k).to(k.dtype)
+    return one_hot.unsqueeze(-2).expand(*k.shape[:-1], seqlen_k)
+
+
+def s_dmask(q: Tensor, k: Tensor, scores: tuple, sequences: tuple, dropout: tuple[float, int, int]) -> Tensor:
+    """+-exp(score - the row's largest) in the dtype of q, negative where dropped; 0 where a row does not see."""
+    cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, _, leftpad_k, block_table = sequences
+    if block_table is not None:
+        raise NotImplementedError("return_attn_probs: S_dmask is not available with block_table")
+    packed = cu_seqlens_q is not None
+    seqlen_q, seqlen_k = (max_seqlen_q, max_seqlen_k) if packed else (q.shape[1], k.shape[1])
+    batch = cu_seqlens_q.numel() - 1 if packed else q.shape[0]
+    result = empty_s_dmask(q, batch, q.shape[-2], seqlen_q, seqlen_k).zero_()
+    if result.numel() == 0:
+        return result
+
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    q, k = q.to(wide), k.to(wide)
+    v = _one_hot_values(k, cu_seqlens_k, leftpad_k, seqlen_k)
+
+    def attend(q, k, scores, dropout):
+        out = q.new_empty((*q.shape[:-1], seqlen_k))
+        _C.forward(q, k, v, out, None, options(*scores, *sequences, *dropout))
+        return out
+
+    p = attend(q, k, scores, (0.0, 0, 0))
+    kept = attend(torch.zeros_like(q), torch.zeros_like(k), _EQUAL_SCORES, dropout) > 0
+    p /= p.amax(-1, keepdim=True).clamp_min(torch.finfo(wide).tiny)
+    signed = torch.where(kept, p, -p).transpose(-3, -2)  # (..., nheads, rows, seqlen_k)
+    if not packed:
+        result[:, :, :seqlen_q, :seqlen_k] = signed
+        return result
+    starts = cu_seqlens_q.tolist()
+    for b, (first, end) in enumerate(zip(starts[:-1], starts[1:], strict=True)):
+        result[b, :, : end - first, :seqlen_k] = signed[:, first:end]
+    return result
