@@ -63,10 +63,19 @@ def _(q, k_cache, v_cache, *rest):
 
 
 def _as_lengths(cache_seqlens, q: Tensor, cu_seqlens_q: Tensor | None) -> Tensor | None:
-    if not isinstance(cache_seqlens, int):
+    if cache_seqlens is None or isinstance(cache_seqlens, Tensor):
         return cache_seqlens
+    if not isinstance(cache_seqlens, int) and not hasattr(cache_seqlens, "__index__"):
+        raise TypeError(f"cache_seqlens: expected an int or a torch.Tensor, got {type(cache_seqlens).__name__}")
+    if not -(2**31) <= cache_seqlens < 2**31:
+        raise ValueError(f"cache_seqlens: expected an integer of 32 bits, got {cache_seqlens}")
     batch = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
     return torch.full((batch,), cache_seqlens, dtype=torch.int32, device=q.device)
+
+
+def _without_gradient(x):
+    """Not detached without need: Inductor (torch 2.13) loses writes to detached views of one tensor."""
+    return x.detach() if isinstance(x, Tensor) and x.requires_grad else x
 
 
 def _note_write(cache: Tensor) -> None:
@@ -140,7 +149,7 @@ def flash_attn_with_kvcache(
             _note_write(v_cache)
     else:
         ops = torch.ops.flash_attn
-        tensors = [x.detach() if isinstance(x, Tensor) else x for x in (q, k_cache, v_cache, k, v)]
+        tensors = [_without_gradient(x) for x in (q, k_cache, v_cache, k, v)]
         if writes or rotary_cos is not None or rotary_sin is not None:
             out, lse = ops._flash_attn_kvcache_append(*tensors, rotary_cos, rotary_sin, *settings)
         else:

@@ -273,9 +273,14 @@ MALFORMED = {
         TypeError,
         ["cache_seqlens", "int32"],
     ),
-    "length is a word": ({"cache_seqlens": "x"}, TypeError, ["cache_seqlens: expected a tensor, got str"]),
+    "length is a word": (
+        {"cache_seqlens": "x"},
+        TypeError,
+        ["cache_seqlens: expected an int or a torch.Tensor, got str"],
+    ),
     "lengths of another batch": ({"cache_seqlens": i32([0] * 2)}, ValueError, ["cache_seqlens", "3"]),
     "no room": ({"cache_seqlens": 74}, ValueError, ["cache_seqlens[0]: expected 0 <= entry", "73, got 74"]),
+    "length beyond 32 bits": ({"cache_seqlens": 2**31}, ValueError, ["cache_seqlens", "32 bits", "2147483648"]),
     "negative length": ({"cache_seqlens": -1}, ValueError, ["cache_seqlens[0]", "-1"]),
     "dtype of the cache": (
         {"k_cache": torch.zeros(CACHE, dtype=torch.float16)},
@@ -363,6 +368,23 @@ def test_compiles():
     for a, b in zip(got, want, strict=True):
         assert torch.equal(a, b)
     assert torch.equal(cache.k, copies[0]) and torch.equal(cache.v, copies[1])
+
+
+def test_compiles_several_steps_over_views_of_one_tensor():
+    """K and V in one tensor, written to again and again within one graph: nothing may be lost."""
+
+    def steps(q, cache, k, v):
+        k_cache, v_cache = cache.unbind(2)
+        for t in range(3):
+            row = slice(t, t + 1)
+            out = flash_attn_with_kvcache(q[:, row], k_cache, v_cache, k[:, row], v[:, row], cache_seqlens=t)
+        return out, cache
+
+    q, k, v = (torch.randn(2, 3, heads, 16) for heads in (4, 2, 2))
+    torch.compiler.reset()
+    got = torch.compile(steps, fullgraph=True, backend="inductor")(q, torch.zeros(2, 8, 2, 2, 16), k, v)
+    for a, b in zip(got, steps(q, torch.zeros(2, 8, 2, 2, 16), k, v), strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
