@@ -9,6 +9,9 @@
 namespace flash_attn {
 namespace {
 
+// Of keys and queries, moved in less time than waking a thread takes.
+constexpr int64_t kFewElements = 1 << 13;
+
 class CpuBackend final : public Backend {
  public:
   std::string_view name() const override { return "cpu"; }
@@ -30,7 +33,10 @@ class CpuBackend final : public Backend {
     return cpu::describe(cpu::make_plan(p, kernel, k.width), k, kernel);
   }
   void append(const Problem& p, const Operand& q) const override {
-    cpu::parallel_for(append_blocks(p), cpu::max_workers(), [&](int64_t i, int) { append_block(p, q, i); });
+    const int64_t moved = p.batch * (p.append.max_rows * p.nheads_k * (p.headdim + p.headdim_v) +
+                                     (p.append.rotates() ? p.max_seqlen_q * p.nheads * p.headdim : 0));
+    const int workers = moved <= kFewElements ? 1 : cpu::max_workers();
+    cpu::parallel_for(append_blocks(p), workers, [&](int64_t i, int) { append_block(p, q, i); });
   }
   void forward(const Problem& p) const override { cpu::forward(p, cpu::active_kernels()); }
   void backward(const Problem& p) const override { cpu::backward(p, cpu::active_kernels()); }
