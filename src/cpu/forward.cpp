@@ -86,7 +86,7 @@ std::vector<int64_t> attend_many_rows(const Forward& f, const std::vector<Head>&
 std::vector<int64_t> attend_heads(const Problem& p, const Kernels& k, const AttendKernel& kernel,
                                   const std::vector<int64_t>& indices) {
   const Forward f{p, k, kernel, make_plan(p, kernel, k.width)};
-  const int workers = max_workers();
+  const int workers = f.plan.tiny ? 1 : max_workers();
   Arena arena(static_cast<std::size_t>(f.plan.workspace_shared + workers * f.plan.workspace_per_worker));
   std::vector<Head> heads;
   for (const int64_t index : indices) heads.push_back({index, p.sequences.at(index / p.nheads_k)});

@@ -26,8 +26,9 @@ constexpr int64_t kEnoughInPlace = 64;
 constexpr int64_t kRowsInPlace = 64;
 constexpr int64_t kMinKeysInPlace = 128;
 constexpr int64_t kKeysInPlace = 1024;
-// What one thread does in less time than waking others takes, some 10 us.
+// What one thread does in less time than waking others takes, some 10 us; and what it does in a part of that.
 constexpr int64_t kSmallFlops = 2'000'000;
+constexpr int64_t kTinyFlops = 300'000;
 constexpr int64_t kMinKeysPerSplit = 256;
 constexpr int64_t kPartialBytes = int64_t{64} << 20;
 
@@ -79,6 +80,7 @@ Plan make_plan(const Problem& p, const AttendKernel& kernel, int64_t width) {
   const int64_t most_splits = std::max<int64_t>(1, p.max_seqlen_k / kMinKeysPerSplit);
   const double flops =
       2.0 * static_cast<double>(heads * all_rows) * static_cast<double>(p.max_seqlen_k * (p.headdim + p.headdim_v));
+  plan.tiny = flops <= kTinyFlops;
   plan.own_keys =
       !kernel.pack_k || (all_rows <= kFewRows && 4 * all_rows * (p.headdim + p.headdim_v) <= kFewRowsBytes &&
                          (heads * most_splits >= kEnoughOwners || flops <= kSmallFlops));

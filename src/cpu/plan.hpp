@@ -23,6 +23,7 @@ namespace flash_attn::cpu {
 
 struct Plan {
   bool own_keys = false;   // few rows
+  bool tiny = false;       // not worth waking a second thread
   int64_t rows = 0;        // of a task, a multiple of the kernel's group
   int64_t pack_keys = 0;   // of one pack, whole panels: of the longest sequence, or a chunk; taken up at once in place
   int64_t k_bytes = 0;     // of one pack's keys

@@ -46,6 +46,7 @@ TEST(Plan, FewRowsOwnTheirKeys) {
   const cpu::Plan one = cpu::make_plan(p, kernel, k.width);
   EXPECT_TRUE(one.own_keys);
   EXPECT_GE(one.splits, 16);  // one head must do for many workers
+  EXPECT_FALSE(one.tiny);
   EXPECT_GE(one.splits * one.keys_per_split, p.max_seqlen_k);
   EXPECT_LT((one.splits - 1) * one.keys_per_split, p.max_seqlen_k);
   EXPECT_EQ(one.keys_per_split % kernel.panel, 0);
@@ -57,6 +58,8 @@ TEST(Plan, FewRowsOwnTheirKeys) {
   EXPECT_LE(many.workspace_per_worker, int64_t{1} << 21);  // whatever seqlen_k is
   p.max_seqlen_q = 1000;
   EXPECT_FALSE(cpu::make_plan(p, kernel, k.width).own_keys);
+  p.batch = 1, p.max_seqlen_q = p.max_seqlen_k = 16;
+  EXPECT_TRUE(cpu::make_plan(p, kernel, k.width).tiny);
 }
 
 TEST(Plan, WorkspaceIsLinearInSeqlen) {
