@@ -73,11 +73,6 @@ def _as_lengths(cache_seqlens, q: Tensor, cu_seqlens_q: Tensor | None) -> Tensor
     return torch.full((batch,), cache_seqlens, dtype=torch.int32, device=q.device)
 
 
-def _without_gradient(x):
-    """Not detached without need: Inductor (torch 2.13) loses writes to detached views of one tensor."""
-    return x.detach() if isinstance(x, Tensor) and x.requires_grad else x
-
-
 def _note_write(cache: Tensor) -> None:
     """Autograd must know if it has saved this tensor."""
     if not cache.is_inference():
@@ -149,9 +144,9 @@ def flash_attn_with_kvcache(
             _note_write(v_cache)
     else:
         ops = torch.ops.flash_attn
-        tensors = [_without_gradient(x) for x in (q, k_cache, v_cache, k, v)]
-        if writes or rotary_cos is not None or rotary_sin is not None:
-            out, lse = ops._flash_attn_kvcache_append(*tensors, rotary_cos, rotary_sin, *settings)
-        else:
-            out, lse = ops._flash_attn_kvcache_forward(*tensors[:3], *settings)
+        with torch.no_grad():  # not detached: Inductor (torch 2.13) loses writes to detached views of one tensor
+            if writes or rotary_cos is not None or rotary_sin is not None:
+                out, lse = ops._flash_attn_kvcache_append(q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, *settings)
+            else:
+                out, lse = ops._flash_attn_kvcache_forward(q, k_cache, v_cache, *settings)
     return (out, lse) if return_softmax_lse else out

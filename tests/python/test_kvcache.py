@@ -382,9 +382,13 @@ def test_compiles_several_steps_over_views_of_one_tensor():
 
     q, k, v = (torch.randn(2, 3, heads, 16) for heads in (4, 2, 2))
     torch.compiler.reset()
-    got = torch.compile(steps, fullgraph=True, backend="inductor")(q, torch.zeros(2, 8, 2, 2, 16), k, v)
-    for a, b in zip(got, steps(q, torch.zeros(2, 8, 2, 2, 16), k, v), strict=True):
-        assert torch.equal(a, b)
+    compiled = torch.compile(steps, fullgraph=True, backend="inductor")
+    for requires_grad in (False, True):
+        cache = torch.zeros(2, 8, 2, 2, 16, requires_grad=requires_grad)
+        got, want = compiled(q, cache.clone(), k, v), steps(q, cache.clone(), k, v)
+        assert not got[0].requires_grad
+        for a, b in zip(got, want, strict=True):
+            assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
