@@ -116,11 +116,11 @@ void append_keys(const Problem& p, int64_t b, int64_t first, int64_t last) {
   const int64_t batch = t.cu_seqlens_new ? 0 : b, start = t.cu_seqlens_new ? t.cu_seqlens_new[b] : 0;
   for (int64_t i = first; i < last; ++i) {
     const int64_t row = t.seqused_k[b] + i, position = append.rotates() ? first_position(p, b) + i : -1;
-    const int64_t entry = s.pages ? s.pages[row / t.page_size] : s.k_batch, at = s.pages ? row % t.page_size : row;
+    const KeyRun at = s.key_run(row, t.page_size);
     with_type(p.dtype, [&](auto type) {
       using Type = decltype(type);
-      move_row<Type>(append, position, {append.k, batch, start + i}, {p.k, entry, at}, p.nheads_k, p.headdim);
-      move_row<Type>(append, -1, {append.v, batch, start + i}, {p.v, entry, at}, p.nheads_k, p.headdim_v);
+      move_row<Type>(append, position, {append.k, batch, start + i}, {p.k, at.batch, at.row}, p.nheads_k, p.headdim);
+      move_row<Type>(append, -1, {append.v, batch, start + i}, {p.v, at.batch, at.row}, p.nheads_k, p.headdim_v);
     });
   }
 }

@@ -5,17 +5,17 @@
 #include <vector>
 
 #include "core/append.hpp"
+#include "core/sequences.hpp"
 
 namespace flash_attn {
 namespace {
 
-Operand rows_of(const Tensor& t) {
+/// (position, pair), indexed as (row, col).
+Operand table_operand(const Tensor& t) {
   Operand o;
   o.data = static_cast<char*>(t.data);
   o.dtype = t.dtype;
-  if (t.ndim == 4) o.stride_batch = t.stride[0];
-  if (t.ndim >= 3) o.stride_head = t.stride[t.ndim - 2];
-  o.stride_row = t.stride[t.ndim == 2 ? 0 : t.ndim - 3], o.stride_col = t.stride[t.ndim - 1];
+  o.stride_row = t.stride[0], o.stride_col = t.stride[1];
   return o;
 }
 
@@ -30,9 +30,10 @@ void check_positions(const Problem& p, int64_t rows) {
   }
 }
 
-/// Rows [first, first + n) of batch entry or page `entry` of the cache, which sequence b writes.
+/// Rows that sequence b writes.
 struct Written {
-  int64_t entry, first, n, b;
+  KeyRun rows;
+  int64_t b;
 };
 
 std::vector<Written> written_rows(const Problem& p) {
@@ -41,10 +42,10 @@ std::vector<Written> written_rows(const Problem& p) {
   for (int64_t b = 0; b < p.batch; ++b) {
     const Sequence s = t.at(b);
     for (int64_t row = t.seqused_k[b], end = row + t.new_keys(b); row < end;) {
-      const int64_t at = s.pages ? row % t.page_size : row,
-                    n = s.pages ? std::min(end - row, t.page_size - at) : end - row;
-      written.push_back({s.pages ? s.pages[row / t.page_size] : s.k_batch, at, n, b});
-      row += n;
+      KeyRun rows = s.key_run(row, t.page_size);
+      rows.run = std::min(rows.run, end - row);
+      written.push_back({rows, b});
+      row += rows.run;
     }
   }
   return written;
@@ -55,15 +56,16 @@ void check_written_once(const Problem& p) {
   if (!t.block_table && !t.cache_batch_idx) return;  // every sequence has an entry of its own
   std::vector<Written> written = written_rows(p);
   const auto before = [](const Written& x, const Written& y) {
-    return x.entry != y.entry ? x.entry < y.entry : x.first < y.first;
+    return x.rows.batch != y.rows.batch ? x.rows.batch < y.rows.batch : x.rows.row < y.rows.row;
   };
   std::sort(written.begin(), written.end(), before);
   for (std::size_t i = 1; i < written.size(); ++i) {
     const Written &x = written[i - 1], &y = written[i];
-    if (x.entry == y.entry && y.first < x.first + x.n)
+    if (x.rows.batch == y.rows.batch && y.rows.row < x.rows.row + x.rows.run)
       invalid(t.block_table ? "block_table" : "cache_batch_idx",
               "sequences " + std::to_string(x.b) + " and " + std::to_string(y.b) + " would write the same row " +
-                  std::to_string(y.first) + (t.block_table ? " of page " : " of entry ") + std::to_string(y.entry));
+                  std::to_string(y.rows.row) + (t.block_table ? " of page " : " of entry ") +
+                  std::to_string(y.rows.batch));
   }
 }
 
@@ -97,14 +99,9 @@ void read_new_keys(const NewKeys& keys, const Sequences& sequences, Memory& memo
   if (!std::equal(keys.k.shape, keys.k.shape + rank - 1, keys.v.shape))
     invalid("new_keys.v", "expected the shape of new_keys.k, " + shape_text(keys.k) + ", but for headdim_v, got " +
                               shape_text(keys.v));
-  if (packed) {
-    memory.add_input("new_keys.cu_seqlens", keys.cu_seqlens);
-    check_rank("new_keys.cu_seqlens", keys.cu_seqlens, 1, "(batch + 1)");
-    check_int32("new_keys.cu_seqlens", keys.cu_seqlens);
-    check_dim("new_keys.cu_seqlens", keys.cu_seqlens, 0, "batch + 1", p.batch + 1);
-    p.sequences.cu_seqlens_new = static_cast<const int32_t*>(keys.cu_seqlens.data);
-  }
-  p.append.k = rows_of(keys.k), p.append.v = rows_of(keys.v);
+  p.sequences.cu_seqlens_new =
+      read_table("new_keys.cu_seqlens", keys.cu_seqlens, "(batch + 1)", "batch + 1", p.batch + 1, memory);
+  p.append.k = operand(keys.k), p.append.v = operand(keys.v);
   p.append.rows = keys.k.shape[rank - 3];
   if (!packed) p.sequences.seqlen_new = p.append.max_rows = p.append.rows;
 }
@@ -131,14 +128,8 @@ void read_rotary(const Rotary& rotary, const NewKeys& keys, Memory& memory, Prob
   if (pairs < 1 || pairs > p.headdim / 2)
     invalid("rotary.cos",
             "expected 1 to headdim / 2 = " + std::to_string(p.headdim / 2) + " columns, got " + shape_text(rotary.cos));
-  if (rotary.positions.present()) {
-    memory.add_input("rotary.positions", rotary.positions);
-    check_rank("rotary.positions", rotary.positions, 1, "(batch)");
-    check_int32("rotary.positions", rotary.positions);
-    check_dim("rotary.positions", rotary.positions, 0, "batch", p.batch);
-    p.append.positions = static_cast<const int32_t*>(rotary.positions.data);
-  }
-  p.append.cos = rows_of(rotary.cos), p.append.sin = rows_of(rotary.sin);
+  p.append.positions = read_table("rotary.positions", rotary.positions, "(batch)", "batch", p.batch, memory);
+  p.append.cos = table_operand(rotary.cos), p.append.sin = table_operand(rotary.sin);
   p.append.rotary_dim = 2 * pairs, p.append.interleaved = rotary.interleaved;
   if (p.device.is_cpu()) check_positions(p, rows);
 }

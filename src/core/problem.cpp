@@ -15,17 +15,6 @@ namespace {
 /// Windows and chunks longer than any sequence, so that positions plus windows never overflow.
 constexpr int64_t kLongest = int64_t{1} << 40;
 
-/// (batch, row, head, col), or packed (row, head, col) as the only batch entry.
-Operand operand(const Tensor& t) {
-  Operand o;
-  o.data = static_cast<char*>(t.data);
-  o.dtype = t.dtype;
-  const int64_t* stride = t.stride + t.ndim - 3;
-  if (t.ndim == 4) o.stride_batch = t.stride[0];
-  o.stride_row = stride[0], o.stride_head = stride[1], o.stride_col = stride[2];
-  return o;
-}
-
 /// (batch, nheads, seqlen_q), or packed (nheads, total_q).
 Operand lse_operand(const Tensor& t) {
   Operand o;
@@ -183,6 +172,16 @@ void read_common(const Call& call, const NewKeys& new_keys, Problem& p, Memory& 
 }
 
 }  // namespace
+
+Operand operand(const Tensor& t) {
+  Operand o;
+  o.data = static_cast<char*>(t.data);
+  o.dtype = t.dtype;
+  const int64_t* stride = t.stride + t.ndim - 3;
+  if (t.ndim == 4) o.stride_batch = t.stride[0];
+  o.stride_row = stride[0], o.stride_head = stride[1], o.stride_col = stride[2];
+  return o;
+}
 
 Problem make_problem(const Forward& call) {
   require("q", call.q), require("k", call.k), require("v", call.v), require("out", call.out);

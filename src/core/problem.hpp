@@ -27,6 +27,12 @@ struct Operand {
   }
 };
 
+/// Row `row` of batch entry or page `batch` of k; it and those behind it, `run` rows in all, lie there one after the
+/// other.
+struct KeyRun {
+  int64_t batch, row, run;
+};
+
 /// One batch entry: rows [q_row, q_row + seqlen_q) of q's batch entry q_batch attend to keys
 /// [k_row, k_row + seqlen_k) of k's batch entry k_batch, or, with pages, of the logical run that `pages` maps.
 struct Sequence {
@@ -35,6 +41,11 @@ struct Sequence {
   const int32_t* pages;  // nullptr: strided. Else key t is row t % page_size of page pages[t / page_size], t from k_row
 
   bool empty() const { return seqlen_q <= 0 || seqlen_k <= 0; }
+  /// Where key t is, counted from the first row of its batch entry or first page.
+  KeyRun key_run(int64_t t, int64_t page_size) const {
+    if (!pages) return {k_batch, t, std::numeric_limits<int64_t>::max()};
+    return {pages[t / page_size], t % page_size, page_size - t % page_size};
+  }
 };
 
 /// All ways to say where sequences are. Read through at(b) only. The pointers live where q lives.
@@ -139,6 +150,9 @@ struct Problem {
     return run.positive_empty_lse ? std::numeric_limits<float>::infinity() : -std::numeric_limits<float>::infinity();
   }
 };
+
+/// (batch, row, head, col), or packed (row, head, col) as the only batch entry.
+Operand operand(const Tensor& t);
 
 /// Checks everything about the call (shapes, dtypes, devices, ranges, overlaps) and returns its normal form.
 /// Throws Error naming the argument, what was expected and what came. Reads the integer tensors on the CPU only.

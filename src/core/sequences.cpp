@@ -14,18 +14,6 @@
 namespace flash_attn {
 namespace {
 
-const int32_t* integers(const Tensor& t) { return t.present() ? static_cast<const int32_t*>(t.data) : nullptr; }
-
-/// A (batch) or (batch + 1) tensor of int32.
-void check_table(const char* argument, const Tensor& t, const char* layout, const char* meaning, int64_t entries,
-                 Memory& memory) {
-  if (!t.present()) return;
-  memory.add_input(argument, t);
-  check_rank(argument, t, 1, layout);
-  check_int32(argument, t);
-  check_dim(argument, t, 0, meaning, entries);
-}
-
 /// Shapes of q, k, v: heads, head dimensions, rows, and the batch.
 void read_shapes(const Tensor& q, const Tensor& k, const Tensor& v, const Sequences& s, Problem& p) {
   const bool packed_q = s.cu_seqlens_q.present(), paged = s.block_table.present();
@@ -140,6 +128,16 @@ int64_t bound(const char* argument, int64_t given, bool packed, int64_t capacity
 
 }  // namespace
 
+const int32_t* read_table(const char* argument, const Tensor& t, const char* layout, const char* meaning,
+                          int64_t entries, Memory& memory) {
+  if (!t.present()) return nullptr;
+  memory.add_input(argument, t);
+  check_rank(argument, t, 1, layout);
+  check_int32(argument, t);
+  check_dim(argument, t, 0, meaning, entries);
+  return static_cast<const int32_t*>(t.data);
+}
+
 void read_sequences(const Tensor& q, const Tensor& k, const Tensor& v, const Sequences& s, const NewKeys& new_keys,
                     Memory& memory, Problem& p) {
   const Tensor *cu_q = &s.cu_seqlens_q, *cu_k = &s.cu_seqlens_k;
@@ -149,17 +147,17 @@ void read_sequences(const Tensor& q, const Tensor& k, const Tensor& v, const Seq
       if (cu->shape[0] < 1) invalid(argument, "expected batch + 1 entries, got none");
     }
   read_shapes(q, k, v, s, p);
-  check_table("cu_seqlens_q", s.cu_seqlens_q, "(batch + 1)", "batch + 1", p.batch + 1, memory);
-  check_table("cu_seqlens_k", s.cu_seqlens_k, "(batch + 1)", "batch + 1", p.batch + 1, memory);
-  check_table("seqused_q", s.seqused_q, "(batch)", "batch", p.batch, memory);
-  check_table("seqused_k", s.seqused_k, "(batch)", "batch", p.batch, memory);
-  check_table("leftpad_k", s.leftpad_k, "(batch)", "batch", p.batch, memory);
-  check_table("cache_batch_idx", s.cache_batch_idx, "(batch)", "batch", p.batch, memory);
+  SequenceTable& t = p.sequences;
+  t.cu_seqlens_q = read_table("cu_seqlens_q", s.cu_seqlens_q, "(batch + 1)", "batch + 1", p.batch + 1, memory);
+  t.cu_seqlens_k = read_table("cu_seqlens_k", s.cu_seqlens_k, "(batch + 1)", "batch + 1", p.batch + 1, memory);
+  t.seqused_q = read_table("seqused_q", s.seqused_q, "(batch)", "batch", p.batch, memory);
+  t.seqused_k = read_table("seqused_k", s.seqused_k, "(batch)", "batch", p.batch, memory);
+  t.leftpad_k = read_table("leftpad_k", s.leftpad_k, "(batch)", "batch", p.batch, memory);
+  t.cache_batch_idx = read_table("cache_batch_idx", s.cache_batch_idx, "(batch)", "batch", p.batch, memory);
   const bool paged = s.block_table.present();
   if (s.cache_batch_idx.present() && (paged || s.cu_seqlens_k.present()))
     invalid("cache_batch_idx", std::string("expected k to be (batch, seqlen_k, nheads_k, headdim), got it with ") +
                                    (paged ? "block_table" : "cu_seqlens_k"));
-  SequenceTable& t = p.sequences;
   t.batch = p.batch;
   t.seqlen_q = p.rows_q;
   t.seqlen_k = p.rows_k;
@@ -168,15 +166,12 @@ void read_sequences(const Tensor& q, const Tensor& k, const Tensor& v, const Seq
     check_rank("block_table", s.block_table, 2, "(batch, max_blocks)");
     check_int32("block_table", s.block_table);
     check_dim("block_table", s.block_table, 0, "batch", p.batch);
+    t.block_table = static_cast<const int32_t*>(s.block_table.data);
     t.page_size = p.rows_k;
     t.block_table_stride = s.block_table.stride[0];
     if (__builtin_mul_overflow(s.block_table.shape[1], t.page_size, &t.seqlen_k))
       invalid("block_table", "max_blocks * page_size overflows");
   }
-  t.cu_seqlens_q = integers(s.cu_seqlens_q), t.cu_seqlens_k = integers(s.cu_seqlens_k);
-  t.seqused_q = integers(s.seqused_q), t.seqused_k = integers(s.seqused_k);
-  t.leftpad_k = integers(s.leftpad_k), t.cache_batch_idx = integers(s.cache_batch_idx);
-  t.block_table = integers(s.block_table);
   read_new_keys(new_keys, s, memory, p);
 
   if (!p.device.is_cpu()) {

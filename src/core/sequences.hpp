@@ -12,4 +12,8 @@ namespace flash_attn {
 void read_sequences(const Tensor& q, const Tensor& k, const Tensor& v, const Sequences& s, const NewKeys& new_keys,
                     Memory& memory, Problem& p);
 
+/// A (batch) or (batch + 1) tensor of int32, checked; nullptr if it is absent.
+const int32_t* read_table(const char* argument, const Tensor& t, const char* layout, const char* meaning,
+                          int64_t entries, Memory& memory);
+
 }  // namespace flash_attn

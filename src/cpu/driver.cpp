@@ -13,16 +13,9 @@ void key_rows(const Problem& p, const Operand& x, const Sequence& s, int64_t hea
               const char** rows) {
   const int64_t step = x.stride_row * static_cast<int64_t>(size_of(x.dtype));
   for (int64_t done = 0; done < n;) {
-    const int64_t t = s.k_row + first + done;
-    int64_t run = n - done;
-    const char* row;
-    if (s.pages) {
-      const int64_t page_size = p.sequences.page_size;
-      run = std::min(run, page_size - t % page_size);
-      row = x.at(s.pages[t / page_size], t % page_size, head);
-    } else {
-      row = x.at(s.k_batch, t, head);
-    }
+    const KeyRun at = s.key_run(s.k_row + first + done, p.sequences.page_size);
+    const int64_t run = std::min(n - done, at.run);
+    const char* row = x.at(at.batch, at.row, head);
     for (int64_t i = 0; i < run; ++i, row += step) rows[done + i] = row;
     done += run;
   }
