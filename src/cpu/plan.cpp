@@ -82,8 +82,8 @@ Plan make_plan(const Problem& p, const AttendKernel& kernel, int64_t width) {
       2.0 * static_cast<double>(heads * all_rows) * static_cast<double>(p.max_seqlen_k * (p.headdim + p.headdim_v));
   plan.tiny = flops <= kTinyFlops;
   plan.own_keys =
-      !kernel.pack_k || (all_rows <= kFewRows && 4 * all_rows * (p.headdim + p.headdim_v) <= kFewRowsBytes &&
-                         (heads * most_splits >= kEnoughOwners || flops <= kSmallFlops));
+      kernel.attend_in_place || (all_rows <= kFewRows && 4 * all_rows * (p.headdim + p.headdim_v) <= kFewRowsBytes &&
+                                 (heads * most_splits >= kEnoughOwners || flops <= kSmallFlops));
   if (plan.own_keys)
     plan_few_rows(plan, p, kernel);
   else
@@ -98,8 +98,9 @@ Plan make_plan(const Problem& p, const AttendKernel& kernel, int64_t width) {
     return static_cast<int64_t>(Arena::padded<uint8_t>(packs * (plan.pack_keys / kernel.panel)));
   };
   if (plan.own_keys) {
-    plan.workspace_per_worker = kernel.pack_k ? plan.pack_bytes + special_bytes(1)
-                                              : static_cast<int64_t>(2 * Arena::padded<const char*>(plan.pack_keys));
+    plan.workspace_per_worker = kernel.attend_in_place
+                                    ? static_cast<int64_t>(2 * Arena::padded<const char*>(plan.pack_keys))
+                                    : plan.pack_bytes + special_bytes(1);
     if (plan.splits > 1) plan.workspace_shared = heads * plan.splits * sums_bytes(plan.rows, p.headdim_v, width);
   } else {
     plan.heads_per_wave = std::clamp<int64_t>(kWaveBytes / std::max<int64_t>(plan.pack_bytes, 1), 1, heads);
@@ -185,8 +186,8 @@ static std::string kib(int64_t bytes) { return std::to_string(bytes >> 10) + " K
 std::string describe(const Plan& plan, const Kernels& k, const AttendKernel& kernel) {
   const std::string keys =
       plan.own_keys ? std::to_string(plan.splits) + (plan.splits == 1 ? " split of " : " splits of ") +
-                          std::to_string(plan.keys_per_split) + " keys, " + (kernel.pack_k ? "packed " : "read ") +
-                          std::to_string(plan.pack_keys) + " at a time"
+                          std::to_string(plan.keys_per_split) + " keys, " +
+                          (kernel.attend_in_place ? "read " : "packed ") + std::to_string(plan.pack_keys) + " at a time"
                     : std::to_string(plan.waves) + (plan.waves == 1 ? " wave of " : " waves of ") +
                           std::to_string(plan.heads_per_wave) + " packed heads";
   return std::string("isa ") + k.name + ", products in " + kernel.name + ", score tiles of " +

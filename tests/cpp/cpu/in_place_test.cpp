@@ -7,7 +7,6 @@
 #include "core/problem.hpp"
 #include "cpu/driver.hpp"
 #include "cpu/kernels_under_test.hpp"
-#include "cpu/plan.hpp"
 #include "support/attention_case.hpp"
 #include "support/compare.hpp"
 #include "support/draw.hpp"
@@ -107,27 +106,6 @@ TEST(CpuInPlace, ServesWhatItCan) {
     EXPECT_FALSE(in_place({2, 1, 100, 8, 2, 64, 31}, {}));
     EXPECT_FALSE(in_place({2, 1, 100, 8, 2, 64, 64}, {{0, 1, 2, 3}, 2, 0}));
   }
-}
-
-TEST(CpuInPlace, HeadsShareATaskAndKeysAreSplit) {
-  const cpu::Kernels& k = *cpu::usable_kernels().front();
-  const cpu::AttendKernel& kernel = *k.attend_in_place;
-  Problem p;
-  p.batch = 1, p.nheads = 32, p.nheads_k = 8, p.headdim = p.headdim_v = 128;
-  p.max_seqlen_q = 1, p.max_seqlen_k = 65536;
-  const cpu::Plan one = cpu::make_plan(p, kernel, k.width);
-  EXPECT_TRUE(one.own_keys);
-  EXPECT_EQ(one.heads_per_task, 8);
-  EXPECT_GE(one.splits, 32);
-  EXPECT_GE(one.splits * one.keys_per_split, p.max_seqlen_k);
-  EXPECT_LT((one.splits - 1) * one.keys_per_split, p.max_seqlen_k);
-  EXPECT_EQ(one.pack_bytes, 0);
-  p.batch = 64;
-  const cpu::Plan many = cpu::make_plan(p, kernel, k.width);
-  EXPECT_EQ(many.splits, 1);
-  EXPECT_LE(many.workspace_per_worker, int64_t{1} << 19);  // whatever seqlen_k is
-  p.nheads = 256, p.nheads_k = 128;
-  EXPECT_LE(cpu::make_plan(p, kernel, k.width).heads_per_task * 2, 64);
 }
 
 }  // namespace

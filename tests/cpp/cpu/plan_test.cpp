@@ -37,6 +37,12 @@ TEST(Plan, AttendRangesCoverEveryRowOnce) {
   }
 }
 
+/// Every key has a split, and no split is empty.
+void expect_splits_cover(const cpu::Plan& plan, const Problem& p) {
+  EXPECT_GE(plan.splits * plan.keys_per_split, p.max_seqlen_k);
+  EXPECT_LT((plan.splits - 1) * plan.keys_per_split, p.max_seqlen_k);
+}
+
 TEST(Plan, FewRowsOwnTheirKeys) {
   const cpu::Kernels& k = *cpu::usable_kernels().front();
   const cpu::AttendKernel& kernel = *k.attend_f32;
@@ -47,8 +53,7 @@ TEST(Plan, FewRowsOwnTheirKeys) {
   EXPECT_TRUE(one.own_keys);
   EXPECT_GE(one.splits, 16);  // one head must do for many workers
   EXPECT_FALSE(one.tiny);
-  EXPECT_GE(one.splits * one.keys_per_split, p.max_seqlen_k);
-  EXPECT_LT((one.splits - 1) * one.keys_per_split, p.max_seqlen_k);
+  expect_splits_cover(one, p);
   EXPECT_EQ(one.keys_per_split % kernel.panel, 0);
   EXPECT_EQ(one.pack_keys % kernel.panel, 0);
   p.batch = 64;
@@ -60,6 +65,26 @@ TEST(Plan, FewRowsOwnTheirKeys) {
   EXPECT_FALSE(cpu::make_plan(p, kernel, k.width).own_keys);
   p.batch = 1, p.max_seqlen_q = p.max_seqlen_k = 16;
   EXPECT_TRUE(cpu::make_plan(p, kernel, k.width).tiny);
+}
+
+TEST(Plan, HeadsShareATaskAndKeysAreSplit) {
+  const cpu::Kernels& k = *cpu::usable_kernels().front();
+  const cpu::AttendKernel& kernel = *k.attend_in_place;
+  Problem p;
+  p.batch = 1, p.nheads = 32, p.nheads_k = 8, p.headdim = p.headdim_v = 128;
+  p.max_seqlen_q = 1, p.max_seqlen_k = 65536;
+  const cpu::Plan one = cpu::make_plan(p, kernel, k.width);
+  EXPECT_TRUE(one.own_keys);
+  EXPECT_EQ(one.heads_per_task, 8);
+  EXPECT_GE(one.splits, 32);
+  expect_splits_cover(one, p);
+  EXPECT_EQ(one.pack_bytes, 0);
+  p.batch = 64;
+  const cpu::Plan many = cpu::make_plan(p, kernel, k.width);
+  EXPECT_EQ(many.splits, 1);
+  EXPECT_LE(many.workspace_per_worker, int64_t{1} << 19);  // whatever seqlen_k is
+  p.nheads = 256, p.nheads_k = 128;
+  EXPECT_LE(cpu::make_plan(p, kernel, k.width).heads_per_task * 2, 64);
 }
 
 TEST(Plan, WorkspaceIsLinearInSeqlen) {
