@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <exception>
+#include <span>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -137,33 +138,35 @@ void py_backward(nb::handle dout, nb::handle q, nb::handle k, nb::handle v, nb::
   backward(call);
 }
 
-/// What the core calls otherwise than flash_attn_with_kvcache does: every such word of a message is replaced.
-std::string in_words_of_the_cache(const std::string& message) {
-  static constexpr std::pair<std::string_view, std::string_view> kNames[] = {
-      {"k", "k_cache"},
-      {"v", "v_cache"},
-      {"new_keys", "k and v"},
-      {"new_keys.k", "k"},
-      {"new_keys.v", "v"},
-      {"new_keys.cu_seqlens", "cu_seqlens_k_new"},
-      {"rotary.cos", "rotary_cos"},
-      {"rotary.sin", "rotary_sin"},
-      {"rotary.positions", "rotary_positions"},
-      {"seqused_k", "cache_seqlens"},
-      {"leftpad_k", "cache_leftpad"},
-  };
+using Names = std::span<const std::pair<std::string_view, std::string_view>>;  // the core's, Python's
+
+/// The core names arguments as C++ does; where Python's name is another, its users read theirs.
+constexpr std::pair<std::string_view, std::string_view> kPythonNames[] = {{"window_left", "window_size[0]"},
+                                                                          {"window_right", "window_size[1]"}};
+/// And those of flash_attn_with_kvcache.
+constexpr std::pair<std::string_view, std::string_view> kCacheNames[] = {
+    {"k", "k_cache"},
+    {"v", "v_cache"},
+    {"new_keys", "k and v"},
+    {"new_keys.k", "k"},
+    {"new_keys.v", "v"},
+    {"new_keys.cu_seqlens", "cu_seqlens_k_new"},
+    {"rotary.cos", "rotary_cos"},
+    {"rotary.sin", "rotary_sin"},
+    {"rotary.positions", "rotary_positions"},
+    {"seqused_k", "cache_seqlens"},
+    {"leftpad_k", "cache_leftpad"},
+};
+
+/// `message` with every word that has another name replaced by it.
+std::string renamed(const std::string& message, Names names) {
   constexpr std::string_view kLetters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.";
   std::string text;
   for (std::size_t at = 0; at < message.size();) {
     const std::size_t end = std::min(message.find_first_not_of(kLetters, at), message.size());
-    std::string_view word = std::string_view(message).substr(at, end - at);
-    for (const auto& [core, python] : kNames) {
-      if (word == core) {
-        word = python;
-        break;
-      }
-    }
-    text.append(word);
+    const std::string_view word = std::string_view(message).substr(at, end - at);
+    const auto found = std::find_if(names.begin(), names.end(), [&](const auto& name) { return name.first == word; });
+    text.append(found != names.end() ? found->second : word);
     at = std::min(message.find_first_of(kLetters, end), message.size());
     text.append(message, end, at - end);
   }
@@ -194,7 +197,7 @@ void py_forward_with_cache(nb::handle q, nb::handle k_cache, nb::handle v_cache,
     follow_host_threads();
     forward(call);
   } catch (const Error& e) {
-    throw Error(e.code(), in_words_of_the_cache(e.what()));
+    throw Error(e.code(), renamed(e.what(), kCacheNames));
   }
 }
 
@@ -236,21 +239,11 @@ PyObject* exception_type(ErrorCode code) {
   return PyExc_RuntimeError;
 }
 
-/// The core names arguments as C++ does; where Python's name is another, its users read theirs.
-std::string in_python_words(std::string message) {
-  static constexpr std::pair<std::string_view, std::string_view> kNames[] = {{"window_left:", "window_size[0]:"},
-                                                                             {"window_right:", "window_size[1]:"}};
-  for (const auto& [core, python] : kNames) {
-    if (message.starts_with(core)) return std::string(python) + message.substr(core.size());
-  }
-  return message;
-}
-
 void translate(const std::exception_ptr& thrown, void*) {
   try {
     std::rethrow_exception(thrown);
   } catch (const Error& e) {
-    PyErr_SetString(exception_type(e.code()), in_python_words(e.what()).c_str());
+    PyErr_SetString(exception_type(e.code()), renamed(e.what(), kPythonNames).c_str());
   }
 }
 

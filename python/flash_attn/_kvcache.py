@@ -126,9 +126,7 @@ def flash_attn_with_kvcache(
     (batch, nheads, seqlen_q) or (nheads, total_q). The causal mask aligns at the bottom right of all keys, the new
     ones included. A malformed call raises before anything is written; so do two sequences that would write one row.
     """
-    for name, x in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
+    _ops.check_tensors(q=q, k_cache=k_cache, v_cache=v_cache)
     left, right = window_size
     writes = k is not None or v is not None
     settings = (

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flash_attn import _C
 from flash_attn._options import options
-from flash_attn._s_dmask import empty_s_dmask, round_multiple, s_dmask
+from flash_attn._s_dmask import empty_s_dmask, round_multiple, s_dmask, sequence_of_rows
 
 _PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
 _is_compiling = torch.compiler.is_compiling
@@ -33,6 +33,12 @@ def is_plain(q: Tensor, k: Tensor, v: Tensor) -> bool:
         and not _functorch_active()
         and _tracing_state() is None
     )
+
+
+def check_tensors(**tensors) -> None:
+    for name, x in tensors.items():
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
 
 
 def empty_out(q: Tensor, v: Tensor) -> Tensor:
@@ -155,8 +161,7 @@ def _softmax_d(dout: Tensor, out: Tensor) -> Tensor:
 def _varlen_softmax_d(dout: Tensor, out: Tensor, cu_seqlens_q: Tensor) -> Tensor:
     """The same, (nheads, total_q + 128 * batch): row t of sequence b stands at t + 128 * b."""
     d = (dout.float() * out.float()).sum(-1).transpose(0, 1)
-    rows = torch.arange(d.shape[1], device=d.device, dtype=cu_seqlens_q.dtype)
-    sequence = torch.searchsorted(cu_seqlens_q[1:], rows, right=True).clamp_(max=max(cu_seqlens_q.numel() - 2, 0))
+    rows, sequence = sequence_of_rows(cu_seqlens_q, d.shape[1])
     padded = d.new_zeros((d.shape[0], d.shape[1] + 128 * (cu_seqlens_q.numel() - 1)))
     return padded.index_copy_(1, rows + 128 * sequence, d)
 

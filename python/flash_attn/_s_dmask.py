@@ -19,6 +19,13 @@ def round_multiple(x: int, m: int) -> int:
     return (x + m - 1) // m * m
 
 
+def sequence_of_rows(cu_seqlens: Tensor, total: int) -> tuple[Tensor, Tensor]:
+    """-> the rows [0, total) of packed sequences, and the sequence of each; the last one's for rows of none."""
+    rows = torch.arange(total, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
+    last = max(cu_seqlens.numel() - 2, 0)
+    return rows, torch.searchsorted(cu_seqlens[1:], rows, right=True).clamp_(max=last)
+
+
 def empty_s_dmask(q: Tensor, sequences: int, nheads: int, seqlen_q: int, seqlen_k: int) -> Tensor:
     """(batch, nheads, seqlen_q, seqlen_k), both lengths rounded up to 128; of packed sequences the longest."""
     return q.new_empty((sequences, nheads, round_multiple(seqlen_q, 128), round_multiple(seqlen_k, 128)))
@@ -29,8 +36,7 @@ def _one_hot_values(k: Tensor, cu_seqlens_k: Tensor | None, leftpad_k: Tensor | 
     if cu_seqlens_k is None:
         column = torch.arange(seqlen_k, device=k.device).expand(k.shape[:2])
     else:
-        rows = torch.arange(k.shape[0], device=k.device, dtype=torch.int32)
-        b = torch.searchsorted(cu_seqlens_k[1:], rows, right=True).clamp_(max=cu_seqlens_k.numel() - 2)
+        rows, b = sequence_of_rows(cu_seqlens_k, k.shape[0])
         first = cu_seqlens_k[:-1] if leftpad_k is None else cu_seqlens_k[:-1] + leftpad_k
         column = (rows - first[b]).clamp_(0, seqlen_k - 1).long()  # rows of no sequence are not read
     one_hot = torch.nn.functional.one_hot(column, seqlen_k).to(k.dtype)

@@ -26,6 +26,7 @@ from flash_attn._autograd import (
 )
 from flash_attn._backend import current
 from flash_attn._kvcache import flash_attn_with_kvcache
+from flash_attn._ops import check_tensors
 from flash_attn._s_dmask import round_multiple
 
 __all__ = [
@@ -175,15 +176,9 @@ def _flash_attn_varlen_backward(
     )  # fmt: skip
 
 
-def _check_tensors(**tensors) -> None:
-    for name, x in tensors.items():
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
-
-
 def _check_packed(name: str, x: Tensor, ndim: int, parts: int) -> None:
     """qkv and kv exist in Python only, so they are checked here: the core sees their slices."""
-    _check_tensors(**{name: x})
+    check_tensors(**{name: x})
     if x.dim() != ndim or x.shape[-3] != parts:
         shape = ("total" if ndim == 4 else "batch, seqlen") + f", {parts}, nheads, headdim"
         raise ValueError(f"{name}: expected shape ({shape}), got {tuple(x.shape)}")
@@ -284,7 +279,7 @@ def flash_attn_kvpacked_func(
     attn_bias=None,
 ):
     """q (batch, seqlen_q, nheads, headdim), kv (batch, seqlen_k, 2, nheads_k, headdim) -> out; see flash_attn_func."""
-    _check_tensors(q=q)
+    check_tensors(q=q)
     _check_packed("kv", kv, 5, 2)
     if _ops.is_plain(q, kv, kv) and not _needs_grad(learnable_sink, attn_bias, q, kv):
         return _infer(
@@ -332,7 +327,7 @@ def flash_attn_func(
             q, k, v, _FIXED, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
             deterministic, return_attn_probs, learnable_sink, attn_bias,
         )  # fmt: skip
-    _check_tensors(q=q, k=k, v=v)
+    check_tensors(q=q, k=k, v=v)
     q, k, v = _distinct(q, k, v)
     return FlashAttnFunc.apply(
         q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
@@ -360,7 +355,7 @@ def flash_attn_varlen_qkvpacked_func(
 
     See flash_attn_varlen_func.
     """
-    _check_tensors(cu_seqlens=cu_seqlens)
+    check_tensors(cu_seqlens=cu_seqlens)
     _check_packed("qkv", qkv, 4, 3)
     if _ops.is_plain(qkv, qkv, qkv) and not _needs_grad(learnable_sink, attn_bias, qkv):
         varlen = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, None, None, None)
@@ -394,7 +389,7 @@ def flash_attn_varlen_kvpacked_func(
     attn_bias=None,
 ):
     """q (total_q, nheads, headdim), kv (total_k, 2, nheads_k, headdim) -> out; see flash_attn_varlen_func."""
-    _check_tensors(q=q, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+    check_tensors(q=q, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
     _check_packed("kv", kv, 4, 2)
     if _ops.is_plain(q, kv, kv) and not _needs_grad(learnable_sink, attn_bias, q, kv):
         varlen = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, None, None, None)
@@ -437,14 +432,14 @@ def flash_attn_varlen_func(
     are pages (num_blocks, page_size, nheads_k, headdim). Options as in flash_attn_func; softmax_lse is
     (nheads, total_q). -> out (total_q, nheads, headdim).
     """
-    _check_tensors(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+    check_tensors(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
     if _ops.is_plain(q, k, v) and not _needs_grad(learnable_sink, attn_bias, q, k, v):
         varlen = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, None, None, block_table)
         return _infer(
             q, k, v, varlen, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
             return_attn_probs, learnable_sink, attn_bias,
         )  # fmt: skip
-    _check_tensors(q=q, k=k, v=v)
+    check_tensors(q=q, k=k, v=v)
     q, k, v = _distinct(q, k, v)
     cu_seqlens_q, cu_seqlens_k = _distinct(cu_seqlens_q, cu_seqlens_k)
     return FlashAttnVarlenFunc.apply(
