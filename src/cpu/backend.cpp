@@ -30,7 +30,7 @@ class CpuBackend final : public Backend {
       return cpu::describe(cpu::make_backward_plan(p, k, kernel), k, kernel);
     }
     const cpu::AttendKernel& kernel = cpu::attend_kernel(k, p);
-    return cpu::describe(cpu::make_plan(p, kernel, k.width), k, kernel);
+    return cpu::describe(cpu::make_plan(p, kernel, k.width, cpu::max_workers()), k, kernel);
   }
   void append(const Problem& p, const Operand& q) const override {
     const int64_t moved = p.batch * (p.append.max_rows * p.nheads_k * (p.headdim + p.headdim_v) +

@@ -60,7 +60,8 @@ std::vector<int64_t> attend_many_rows(const Forward& f, const std::vector<Head>&
       char* const k = memory + slot * plan.pack_bytes;
       packs.push_back(
           {k, k + plan.k_bytes, special + slot * panels, 0, round_up(heads[i].sequence.seqlen_k, f.kernel.panel)});
-      for (const RowRange& r : attend_ranges(plan, f.p.group(), heads[i].sequence.seqlen_q)) tasks.push_back({i, r});
+      for (const RowRange& r : attend_ranges(plan, f.kernel, f.p.group(), heads[i].sequence.seqlen_q))
+        tasks.push_back({i, r});
     }
     Left left(n);
     pack_wave(f, heads, packs, workers, left);
@@ -85,8 +86,9 @@ std::vector<int64_t> attend_many_rows(const Forward& f, const std::vector<Head>&
 /// The forward of the heads listed by index; returns those that the kernel leaves.
 std::vector<int64_t> attend_heads(const Problem& p, const Kernels& k, const AttendKernel& kernel,
                                   const std::vector<int64_t>& indices) {
-  const Forward f{p, k, kernel, make_plan(p, kernel, k.width)};
-  const int workers = f.plan.tiny ? 1 : max_workers();
+  const int threads = max_workers();
+  const Forward f{p, k, kernel, make_plan(p, kernel, k.width, threads)};
+  const int workers = f.plan.tiny ? 1 : threads;
   Arena arena(static_cast<std::size_t>(f.plan.workspace_shared + workers * f.plan.workspace_per_worker));
   std::vector<Head> heads;
   for (const int64_t index : indices) heads.push_back({index, p.sequences.at(index / p.nheads_k)});

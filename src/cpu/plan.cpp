@@ -9,9 +9,13 @@ namespace flash_attn::cpu {
 
 // Packs of one wave. Large enough that barriers between waves are rare, small enough to stay in an L3.
 constexpr int64_t kWaveBytes = int64_t{16} << 20;
-// Rows of a task: each packed key is read once per task from L2 or L3, so more rows mean less traffic (8 d bytes a key
-// for 4 d rows FLOPs: 192 rows need 0.7 bytes a cycle); q, o and the statistics of the rows must leave room in L2.
-constexpr int64_t kMaxRows = 192;
+// Rows of a task: each packed key is read once per task from L3, so more rows mean less traffic (8 d bytes a key for
+// 4 d rows FLOPs: with two FMAs a cycle 192 rows need 0.7 bytes a cycle, and 768 a quarter of that). q, o and the
+// statistics of the rows should share an L2 with a block of keys, and a wave should end at once for all workers.
+constexpr int64_t kMaxRows = 768;
+constexpr int64_t kTasksPerWorker = 8;
+// The same where a task takes several heads, and where workers do not count. At a time in the backward.
+constexpr int64_t kMaxRowsShared = 192;
 constexpr int64_t kEnoughTasks = 24;
 // Few rows: q and o of all of them, and a chunk of keys, share an L2. A task that owns its keys packs them for its rows
 // alone, and there must be tasks enough. A split costs a write and a read of o: 2 / keys of 4 d FLOPs a row.
@@ -40,14 +44,41 @@ static int64_t tasks_of_head(int64_t rows, int64_t group, int64_t seqlen_q) {
   return whole > 0 ? divide_up(group, whole) : group * divide_up(seqlen_q, rows);
 }
 
-static void plan_many_rows(Plan& plan, const Problem& p, const AttendKernel& kernel) {
-  const int64_t heads = p.batch * p.nheads_k, seqlen_q = std::max<int64_t>(p.max_seqlen_q, 1);
-  plan.rows = round_up(std::min(kMaxRows, seqlen_q * p.group()), kernel.group);
-  while (plan.rows > 2 * kernel.group && heads * tasks_of_head(plan.rows, p.group(), seqlen_q) < kEnoughTasks)
-    plan.rows -= kernel.group;
-  if (heads_of_task(plan.rows, seqlen_q) == 0)  // tasks of one head: about the same size each
-    plan.rows = round_up(divide_up(seqlen_q, divide_up(seqlen_q, plan.rows)), kernel.group);
+static void plan_packs(Plan& plan, const Problem& p, const AttendKernel& kernel) {
+  plan.k_bytes = static_cast<int64_t>(Arena::padded<char>(kernel.k_bytes(plan.pack_keys, p.headdim)));
+  plan.pack_bytes =
+      plan.k_bytes + static_cast<int64_t>(Arena::padded<char>(kernel.v_bytes(plan.pack_keys, p.headdim_v)));
+}
+
+/// Rows of which a task of the longest sequence has at most its worker's share of a wave, cut in kTasksPerWorker.
+static int64_t fair_rows(const Plan& plan, const Problem& p, int workers) {
+  double products = 0;
+  for (int64_t b = 0; b < p.batch; ++b) {
+    const Sequence s = p.sequences.at(b);
+    products += static_cast<double>(s.seqlen_q) * static_cast<double>(s.seqlen_k);
+  }
+  const int64_t heads = std::min(plan.heads_per_wave * p.group(), p.batch * p.nheads);
+  const double of_wave = products * static_cast<double>(heads) / static_cast<double>(p.batch);
+  const int64_t tasks = workers == 1 ? 1 : workers * kTasksPerWorker;
+  return static_cast<int64_t>(of_wave / static_cast<double>(tasks * p.max_seqlen_k));
+}
+
+static void plan_many_rows(Plan& plan, const Problem& p, const AttendKernel& kernel, int workers) {
+  const int64_t heads = std::max<int64_t>(p.batch * p.nheads_k, 1), seqlen_q = std::max<int64_t>(p.max_seqlen_q, 1);
   plan.pack_keys = round_up(p.max_seqlen_k, kernel.panel);
+  plan_packs(plan, p, kernel);
+  plan.heads_per_wave = std::clamp<int64_t>(kWaveBytes / std::max<int64_t>(plan.pack_bytes, 1), 1, heads);
+  plan.waves = divide_up(heads, plan.heads_per_wave);
+
+  plan.rows_shared = round_up(std::min(kMaxRowsShared, seqlen_q * p.group()), kernel.group);
+  while (plan.rows_shared > 2 * kernel.group &&
+         heads * tasks_of_head(plan.rows_shared, p.group(), seqlen_q) < kEnoughTasks)
+    plan.rows_shared -= kernel.group;
+  plan.rows = plan.rows_shared;
+  if (heads_of_task(plan.rows_shared, seqlen_q) == 0) {
+    const int64_t rows = std::min({kMaxRows, seqlen_q, fair_rows(plan, p, workers)});
+    plan.rows = std::max(plan.rows_shared, round_up(rows, kernel.group));
+  }
 }
 
 static void plan_few_rows(Plan& plan, const Problem& p, const AttendKernel& kernel) {
@@ -66,6 +97,7 @@ static void plan_few_rows(Plan& plan, const Problem& p, const AttendKernel& kern
     chunk = std::max<int64_t>(1, kChunkBytes / std::max<int64_t>(block_bytes, 1)) * kernel.block;
   }
   plan.pack_keys = std::min(chunk, plan.keys_per_split);
+  if (!kernel.attend_in_place) plan_packs(plan, p, kernel);
 }
 
 /// Bytes of the softmax sums of `rows` rows, as take_sums lays them out.
@@ -74,7 +106,7 @@ static int64_t sums_bytes(int64_t rows, int64_t headdim_v, int64_t width) {
                               Arena::padded<float>(rows * width) + Arena::padded<float>(rows));
 }
 
-Plan make_plan(const Problem& p, const AttendKernel& kernel, int64_t width) {
+Plan make_plan(const Problem& p, const AttendKernel& kernel, int64_t width, int workers) {
   Plan plan;
   const int64_t heads = std::max<int64_t>(p.batch * p.nheads_k, 1), all_rows = p.max_seqlen_q * p.group();
   const int64_t most_splits = std::max<int64_t>(1, p.max_seqlen_k / kMinKeysPerSplit);
@@ -87,13 +119,8 @@ Plan make_plan(const Problem& p, const AttendKernel& kernel, int64_t width) {
   if (plan.own_keys)
     plan_few_rows(plan, p, kernel);
   else
-    plan_many_rows(plan, p, kernel);
+    plan_many_rows(plan, p, kernel, workers);
 
-  if (!kernel.attend_in_place) {
-    plan.k_bytes = static_cast<int64_t>(Arena::padded<char>(kernel.k_bytes(plan.pack_keys, p.headdim)));
-    plan.pack_bytes =
-        plan.k_bytes + static_cast<int64_t>(Arena::padded<char>(kernel.v_bytes(plan.pack_keys, p.headdim_v)));
-  }
   const auto special_bytes = [&](int64_t packs) {
     return static_cast<int64_t>(Arena::padded<uint8_t>(packs * (plan.pack_keys / kernel.panel)));
   };
@@ -103,8 +130,6 @@ Plan make_plan(const Problem& p, const AttendKernel& kernel, int64_t width) {
                                     : plan.pack_bytes + special_bytes(1);
     if (plan.splits > 1) plan.workspace_shared = heads * plan.splits * sums_bytes(plan.rows, p.headdim_v, width);
   } else {
-    plan.heads_per_wave = std::clamp<int64_t>(kWaveBytes / std::max<int64_t>(plan.pack_bytes, 1), 1, heads);
-    plan.waves = divide_up(heads, plan.heads_per_wave);
     plan.workspace_shared = static_cast<int64_t>(Arena::padded<char>(plan.heads_per_wave * plan.pack_bytes)) +
                             special_bytes(plan.heads_per_wave);
   }
@@ -118,15 +143,16 @@ Plan make_plan(const Problem& p, const AttendKernel& kernel, int64_t width) {
   return plan;
 }
 
-std::vector<RowRange> attend_ranges(const Plan& plan, int64_t group, int64_t seqlen_q) {
+std::vector<RowRange> attend_ranges(const Plan& plan, const AttendKernel& kernel, int64_t group, int64_t seqlen_q) {
   std::vector<RowRange> ranges;
   if (seqlen_q <= 0) return ranges;
-  if (const int64_t whole = heads_of_task(plan.rows, seqlen_q); whole > 0) {
+  if (const int64_t whole = heads_of_task(plan.rows_shared, seqlen_q); whole > 0) {
     for (int64_t h = 0; h < group; h += whole) ranges.push_back({h * seqlen_q, std::min(whole, group - h) * seqlen_q});
     return ranges;
   }
-  for (int64_t row = (seqlen_q - 1) / plan.rows * plan.rows; row >= 0; row -= plan.rows)
-    for (int64_t h = 0; h < group; ++h) ranges.push_back({h * seqlen_q + row, std::min(plan.rows, seqlen_q - row)});
+  const int64_t rows = round_up(divide_up(seqlen_q, divide_up(seqlen_q, plan.rows)), kernel.group);  // about the same
+  for (int64_t row = (seqlen_q - 1) / rows * rows; row >= 0; row -= rows)
+    for (int64_t h = 0; h < group; ++h) ranges.push_back({h * seqlen_q + row, std::min(rows, seqlen_q - row)});
   return ranges;
 }
 
@@ -149,7 +175,7 @@ static int64_t dbias_owners(const Problem& p) {
 BackwardPlan make_backward_plan(const Problem& p, const Kernels& kernels, const BackwardKernel& kernel) {
   const BackwardKernel& any = *kernels.backward_any;
   BackwardPlan plan;
-  plan.rows = round_up(std::clamp<int64_t>(p.max_seqlen_q, 1, kMaxRows), kernel.group);
+  plan.rows = round_up(std::clamp<int64_t>(p.max_seqlen_q, 1, kMaxRowsShared), kernel.group);
   const int64_t heads = std::max<int64_t>(p.batch * p.nheads_k, 1);
   const int64_t wanted = divide_up(kEnoughTasks, std::max<int64_t>(dbias_owners(p), 1));
   const bool split = wanted > 1 && p.max_seqlen_k > kernel.block;

@@ -1,5 +1,6 @@
-// Plan: how a Problem is cut into tasks. A pure function of (Problem, kernels): never of the number of threads, so
-// that results are bitwise the same for any.
+// Plan: how a Problem is cut into tasks. A pure function of (Problem, kernels, workers). What a result's bits depend on
+// (groups of rows, splits of keys) is one of (Problem, kernels) alone, so that they are the same for any number of
+// threads; how many groups of one head a task takes up is not such a thing.
 //
 // The rows of a key head are the queries of its heads, one head after the other: row r is query r % seqlen_q of head
 // r / seqlen_q of the group. They share packed keys, in one of two ways:
@@ -24,11 +25,12 @@ namespace flash_attn::cpu {
 struct Plan {
   bool own_keys = false;   // few rows
   bool tiny = false;       // not worth waking a second thread
-  int64_t rows = 0;        // of a task, a multiple of the kernel's group
+  int64_t rows = 0;        // of a task at most, a multiple of the kernel's group
   int64_t pack_keys = 0;   // of one pack, whole panels: of the longest sequence, or a chunk; taken up at once in place
   int64_t k_bytes = 0;     // of one pack's keys
   int64_t pack_bytes = 0;  // and of its values too
   // many rows
+  int64_t rows_shared = 0;     // of a task that takes several heads: their groups span heads, so no worker counts
   int64_t heads_per_wave = 0;  // packed at once
   int64_t waves = 0;
   // few rows
@@ -41,7 +43,7 @@ struct Plan {
 };
 
 /// `width` is Kernels::width.
-Plan make_plan(const Problem& problem, const AttendKernel& kernel, int64_t width);
+Plan make_plan(const Problem& problem, const AttendKernel& kernel, int64_t width, int workers);
 
 /// Rows [first, first + rows) of a key head.
 struct RowRange {
@@ -49,7 +51,7 @@ struct RowRange {
 };
 /// The tasks of a key head with `group` heads of seqlen_q queries, where rows are many: a run of queries of one head,
 /// or whole heads where they are short. Heaviest first under a causal mask (last queries first).
-std::vector<RowRange> attend_ranges(const Plan& plan, int64_t group, int64_t seqlen_q);
+std::vector<RowRange> attend_ranges(const Plan& plan, const AttendKernel& kernel, int64_t group, int64_t seqlen_q);
 
 /// The backward: tasks are (sequence, key head, split of its keys). Splits are made where heads are few; each costs a
 /// partial dq, so a wave holds as many heads as a budget allows.

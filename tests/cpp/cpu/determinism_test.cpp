@@ -43,11 +43,12 @@ class Determinism : public ::testing::Test {
   const Dims long_keys_{1, 200, 1100, 2, 1, 40, 40};
   const Dims few_queries_{1, 3, 5000, 2, 1, 40, 40};
   const Dims many_heads_{3, 130, 70, 12, 4, 64, 64};
-  const Dims in_place_{2, 2, 700, 12, 3, 64, 64};  // several heads a task, keys split and read where they lie
+  const Dims long_queries_{1, 1500, 90, 2, 1, 40, 40};  // how many rows a task takes is up to the workers
+  const Dims in_place_{2, 2, 700, 12, 3, 64, 64};       // several heads a task, keys split and read where they lie
 };
 
 TEST_F(Determinism, ThreadsDoNotMatter) {
-  for (const Dims& d : {long_keys_, few_queries_, many_heads_, in_place_}) {
+  for (const Dims& d : {long_keys_, few_queries_, many_heads_, long_queries_, in_place_}) {
     set_num_threads(1);
     const Results one = run_all(DType::bf16, d);
     for (int n : {2, 3, 7}) {

@@ -186,7 +186,7 @@ TEST(Cpu, FewQueriesOfManyKeys) {
     for (const cpu::Kernels* kernels : kernels_under_test()) {
       SCOPED_TRACE(std::string(kernels->name) + ", seed " + std::to_string(seed));
       const Problem p = make_problem(got.forward_call());
-      const cpu::Plan plan = cpu::make_plan(p, cpu::attend_kernel(*kernels, p), kernels->width);
+      const cpu::Plan plan = cpu::make_plan(p, cpu::attend_kernel(*kernels, p), kernels->width, 1);
       ASSERT_TRUE(plan.own_keys && plan.splits > 1);
       cpu::forward(p, *kernels);
       EXPECT_TRUE(close(got.out, want.out, tolerance(dtype), tolerance(dtype)));

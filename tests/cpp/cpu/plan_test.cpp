@@ -11,30 +11,63 @@
 namespace flash_attn::test {
 namespace {
 
+Problem fixed(int64_t batch, int64_t nheads, int64_t nheads_k, int64_t seqlen_q, int64_t seqlen_k, int64_t headdim) {
+  Problem p;
+  p.batch = batch, p.nheads = nheads, p.nheads_k = nheads_k, p.headdim = p.headdim_v = headdim;
+  p.max_seqlen_q = p.sequences.seqlen_q = seqlen_q, p.max_seqlen_k = p.sequences.seqlen_k = seqlen_k;
+  return p;
+}
+
 TEST(Plan, AttendRangesCoverEveryRowOnce) {
   const cpu::Kernels& k = *cpu::usable_kernels().front();
-  for (int64_t group : {1, 3, 8, 500}) {
-    for (int64_t seqlen_q : {1, 5, 24, 96, 97, 191, 192, 193, 1000}) {
-      Problem p;
-      p.batch = 2, p.nheads_k = 3, p.nheads = 3 * group, p.headdim = p.headdim_v = 64;
-      p.max_seqlen_q = seqlen_q, p.max_seqlen_k = 777;
-      const cpu::AttendKernel& kernel = *k.attend_f32;
-      const cpu::Plan plan = cpu::make_plan(p, kernel, k.width);
-      EXPECT_EQ(plan.rows % kernel.group, 0);
-      if (plan.own_keys) {
-        EXPECT_GE(plan.rows, group * seqlen_q);
-        continue;
+  const cpu::AttendKernel& kernel = *k.attend_f32;
+  for (const int workers : {1, 2, 16})
+    for (int64_t group : {1, 3, 8, 500})
+      for (int64_t longest : {1, 5, 24, 96, 97, 191, 192, 193, 1000, 3000}) {
+        const cpu::Plan plan = cpu::make_plan(fixed(2, 3 * group, 3, longest, 777, 64), kernel, k.width, workers);
+        EXPECT_EQ(plan.rows % kernel.group, 0);
+        if (plan.own_keys) {
+          EXPECT_GE(plan.rows, group * longest);
+          continue;
+        }
+        for (int64_t seqlen_q : {longest, longest / 2, longest / 7}) {  // as the sequences of a ragged batch
+          std::vector<int> seen(static_cast<std::size_t>(group * seqlen_q));
+          for (const cpu::RowRange& r : cpu::attend_ranges(plan, kernel, group, seqlen_q)) {
+            EXPECT_LE(r.rows, plan.rows);
+            // Whole heads, or groups of rows that are the same for any task size.
+            const int64_t query = r.first % seqlen_q;
+            EXPECT_TRUE(r.rows % seqlen_q == 0 || (query % kernel.group == 0 && query + r.rows <= seqlen_q));
+            for (int64_t i = r.first; i < r.first + r.rows; ++i) ++seen.at(static_cast<std::size_t>(i));
+          }
+          for (const int times : seen) EXPECT_EQ(times, 1);
+        }
       }
-      std::vector<int> seen(static_cast<std::size_t>(group * seqlen_q));
-      for (const cpu::RowRange& r : cpu::attend_ranges(plan, group, seqlen_q)) {
-        EXPECT_LE(r.rows, plan.rows);
-        const int64_t query = r.first % seqlen_q;  // whole heads, or groups of rows that are the same for any task size
-        EXPECT_TRUE(r.rows % seqlen_q == 0 || (query % kernel.group == 0 && query + r.rows <= seqlen_q));
-        for (int64_t i = r.first; i < r.first + r.rows; ++i) ++seen.at(static_cast<std::size_t>(i));
-      }
-      for (const int times : seen) EXPECT_EQ(times, 1);
-    }
+}
+
+/// Few workers get long tasks, and many enough of them; what bits depend on is the same for any.
+TEST(Plan, TasksFollowTheWorkers) {
+  const cpu::Kernels& k = *cpu::usable_kernels().front();
+  const cpu::AttendKernel& kernel = *k.attend_f32;
+  const auto plan = [&](const Problem& p, int workers) { return cpu::make_plan(p, kernel, k.width, workers); };
+  const auto tasks_of_head = [&](const Problem& p, int workers) {
+    return cpu::attend_ranges(plan(p, workers), kernel, p.group(), 4096).size();
+  };
+  const Problem one_head = fixed(1, 1, 1, 4096, 4096, 64), many_heads = fixed(4, 32, 32, 4096, 4096, 64);
+  EXPECT_LE(tasks_of_head(one_head, 1), 6);
+  EXPECT_GE(tasks_of_head(one_head, 2), 16);
+  EXPECT_GE(tasks_of_head(one_head, 16), 16);
+  EXPECT_LE(tasks_of_head(many_heads, 2), 6);
+  for (const int workers : {2, 5, 64}) {
+    EXPECT_EQ(plan(one_head, workers).rows_shared, plan(one_head, 1).rows_shared);
+    EXPECT_EQ(plan(many_heads, workers).heads_per_wave, plan(many_heads, 1).heads_per_wave);
   }
+  // One long sequence among short ones is nearly all of the work: it must do for all workers.
+  std::vector<int32_t> cu_seqlens{0};
+  for (int b = 0; b < 64; ++b) cu_seqlens.push_back(cu_seqlens.back() + (b == 40 ? 4096 : 16));
+  Problem ragged = fixed(64, 1, 1, 4096, 4096, 64);
+  EXPECT_LE(tasks_of_head(ragged, 4), 6);
+  ragged.sequences.cu_seqlens_q = ragged.sequences.cu_seqlens_k = cu_seqlens.data();
+  EXPECT_GE(tasks_of_head(ragged, 4), 16);
 }
 
 /// Every key has a split, and no split is empty.
@@ -49,7 +82,7 @@ TEST(Plan, FewRowsOwnTheirKeys) {
   Problem p;
   p.batch = 1, p.nheads = 4, p.nheads_k = 1, p.headdim = p.headdim_v = 64;
   p.max_seqlen_q = 1, p.max_seqlen_k = 8192;
-  const cpu::Plan one = cpu::make_plan(p, kernel, k.width);
+  const cpu::Plan one = cpu::make_plan(p, kernel, k.width, 2);
   EXPECT_TRUE(one.own_keys);
   EXPECT_GE(one.splits, 16);  // one head must do for many workers
   EXPECT_FALSE(one.tiny);
@@ -57,14 +90,14 @@ TEST(Plan, FewRowsOwnTheirKeys) {
   EXPECT_EQ(one.keys_per_split % kernel.panel, 0);
   EXPECT_EQ(one.pack_keys % kernel.panel, 0);
   p.batch = 64;
-  const cpu::Plan many = cpu::make_plan(p, kernel, k.width);
+  const cpu::Plan many = cpu::make_plan(p, kernel, k.width, 2);
   EXPECT_EQ(many.splits, 1);
   EXPECT_EQ(many.workspace_shared, 0);
   EXPECT_LE(many.workspace_per_worker, int64_t{1} << 21);  // whatever seqlen_k is
   p.max_seqlen_q = 1000;
-  EXPECT_FALSE(cpu::make_plan(p, kernel, k.width).own_keys);
+  EXPECT_FALSE(cpu::make_plan(p, kernel, k.width, 2).own_keys);
   p.batch = 1, p.max_seqlen_q = p.max_seqlen_k = 16;
-  EXPECT_TRUE(cpu::make_plan(p, kernel, k.width).tiny);
+  EXPECT_TRUE(cpu::make_plan(p, kernel, k.width, 2).tiny);
 }
 
 TEST(Plan, HeadsShareATaskAndKeysAreSplit) {
@@ -73,18 +106,18 @@ TEST(Plan, HeadsShareATaskAndKeysAreSplit) {
   Problem p;
   p.batch = 1, p.nheads = 32, p.nheads_k = 8, p.headdim = p.headdim_v = 128;
   p.max_seqlen_q = 1, p.max_seqlen_k = 65536;
-  const cpu::Plan one = cpu::make_plan(p, kernel, k.width);
+  const cpu::Plan one = cpu::make_plan(p, kernel, k.width, 2);
   EXPECT_TRUE(one.own_keys);
   EXPECT_EQ(one.heads_per_task, 8);
   EXPECT_GE(one.splits, 32);
   expect_splits_cover(one, p);
   EXPECT_EQ(one.pack_bytes, 0);
   p.batch = 64;
-  const cpu::Plan many = cpu::make_plan(p, kernel, k.width);
+  const cpu::Plan many = cpu::make_plan(p, kernel, k.width, 2);
   EXPECT_EQ(many.splits, 1);
   EXPECT_LE(many.workspace_per_worker, int64_t{1} << 19);  // whatever seqlen_k is
   p.nheads = 256, p.nheads_k = 128;
-  EXPECT_LE(cpu::make_plan(p, kernel, k.width).heads_per_task * 2, 64);
+  EXPECT_LE(cpu::make_plan(p, kernel, k.width, 2).heads_per_task * 2, 64);
 }
 
 TEST(Plan, WorkspaceIsLinearInSeqlen) {
@@ -93,7 +126,7 @@ TEST(Plan, WorkspaceIsLinearInSeqlen) {
   p.batch = 1, p.nheads = p.nheads_k = 16, p.headdim = p.headdim_v = 128;
   const auto bytes = [&](int64_t seqlen) {
     p.max_seqlen_q = p.max_seqlen_k = seqlen;
-    const cpu::Plan f = cpu::make_plan(p, *k.attend_f32, k.width);
+    const cpu::Plan f = cpu::make_plan(p, *k.attend_f32, k.width, 2);
     const cpu::BackwardPlan b = cpu::make_backward_plan(p, k, *k.backward_f32);
     return f.workspace_shared + f.workspace_per_worker + b.workspace_shared + b.workspace_per_worker;
   };
