@@ -20,7 +20,7 @@ volatile float g_sink;       // keeps the result alive
     using V = float __attribute__((vector_size(4 * width)));                                          \
     const V x = V{} + 0.999f, y = V{} + 0.001f; /* the fixed point is 1: no overflow, no denormals */ \
     V acc[kChains];                                                                                   \
-    for (int c = 0; c < kChains; ++c) acc[c] = V{} + static_cast<float>(c + 1);                       \
+    for (int c = 0; c < kChains; ++c) acc[c] = V{} + static_cast<float>(c + 2); /* 1 would fold */    \
     for (int64_t r = 0; r < rounds; ++r) {                                                            \
       _Pragma("GCC unroll 12") for (int c = 0; c < kChains; ++c) acc[c] = MULTIPLY_ADD(acc[c], x, y); \
     }                                                                                                 \
