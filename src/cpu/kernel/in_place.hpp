@@ -218,8 +218,9 @@ __attribute__((noinline)) void attend_in_place(const AttendTask* tasks, int64_t 
     const auto [first, last, partial] = seen_by<kPanel, 1>(any.lo, any.hi, any.rows, block, block_end);
     if (last <= first) continue;
     const int64_t n = last - first, padded = (n + W - 1) / W * W;
-    const auto k = [&](int64_t h, int64_t j) { return HeadRows{keys.k.row + first + j, h * keys.k_head}; };
-    const auto v = [&](int64_t h, int64_t j) { return HeadRows{keys.v.row + first + j, h * keys.v_head}; };
+    const char *const *const k_rows = keys.k.row + first, *const *const v_rows = keys.v.row + first;
+    const auto k = [&](int64_t h, int64_t j) { return HeadRows{k_rows + j, h * keys.k_head}; };
+    const auto v = [&](int64_t h, int64_t j) { return HeadRows{v_rows + j, h * keys.v_head}; };
     const auto s = [&](int64_t h) { return reinterpret_cast<float*>(tasks[h].scratch); };
     const auto row_scale = [&](int64_t h) { return s(h) + kInPlaceRows * kInPlaceLds; };
 
