@@ -149,11 +149,20 @@ inline bool load_rows(const RowList& rows, float factor, float* dst, int64_t ld)
 }
 
 inline void dot_rows(const RowList& x, const RowList& y, float* dots) {
-  for (int64_t r = 0; r < x.rows; ++r) {
-    vf sum{};
-    for (int64_t c = 0; c < x.cols; c += W) sum += AnyLoader{}(x, r, c) * AnyLoader{}(y, r, c);
-    dots[r] = sum_lanes(sum);
-  }
+  const auto dot_all = [&](const auto& load_columns) {
+    for (int64_t r = 0; r < x.rows; r += W) {
+      const int64_t count = x.rows - r < W ? x.rows - r : W;
+      vf sum[W]{};
+      for (int i = 0; i < count; ++i)
+        for (int64_t c = 0; c < x.cols; c += W) sum[i] += load_columns(x, r + i, c) * load_columns(y, r + i, c);
+      const vf each = reduce_each(sum, [](vf a, vf b) { return a + b; });
+      std::memcpy(dots + r, &each, static_cast<std::size_t>(count) * sizeof(float));
+    }
+  };
+  if (x.dtype == y.dtype && y.stride_col == 1)
+    with_loader(x, dot_all);
+  else
+    dot_all(AnyLoader{});
 }
 
 inline void store_rows(const RowList& rows, const float* factor, const float* src, int64_t ld) {
