@@ -91,7 +91,7 @@ void reduce_dq(const Backward& f, const Task& t, int64_t g) {
 
 /// Whether tasks write every element of dbias: it has no sums, and no rows or keys that no sequence has.
 bool tasks_write_dbias(const Problem& p) {
-  if (dbias_sums(p)) return false;
+  if (dbias_sums(p) || p.batch == 0) return false;
   for (int64_t b = 0; b < p.batch; ++b) {
     const Sequence s = p.sequences.at(b);
     if (s.empty() || s.seqlen_q != p.scores.bias_shape[2] || s.seqlen_k != p.scores.bias_shape[3]) return false;
@@ -169,7 +169,7 @@ void backward(const Problem& p, const Kernels& k) {
     });
   }
 
-  for (int64_t h = 0; !dsink.empty() && h < p.nheads; ++h) {
+  for (int64_t h = 0; p.dsink.present() && h < p.nheads; ++h) {
     double sum = 0;
     for (int64_t b = 0; b < p.batch; ++b) {
       const Sequence s = p.sequences.at(b);

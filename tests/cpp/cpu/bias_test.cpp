@@ -91,6 +91,17 @@ TEST(CpuBias, LargerThanItsSequences) {
   }
 }
 
+/// Without sequences, gradients that have elements all the same are 0.
+TEST(CpuBias, NoSequences) {
+  for (const cpu::Kernels* kernels : kernels_under_test()) {
+    SCOPED_TRACE(kernels->name);
+    AttentionCase c = AttentionCase::fixed(DType::f32, {0, 30, 40, 2, 2, 16, 16});
+    c.bias = HostTensor::normal(DType::f32, {1, 2, 30, 40}, 5);
+    c.sink = HostTensor::normal(DType::f32, {2}, 6);
+    expect_as_oracle(c, *kernels, 2e-5);
+  }
+}
+
 /// -inf hides a key; rows of nothing else see nothing, and leave no gradient whatever comes for them.
 TEST(CpuBias, MinusInfinityHides) {
   for (const cpu::Kernels* kernels : kernels_under_test()) {
