@@ -102,7 +102,7 @@ def check(function, tensors, extra, options, with_lse_gradient=False):
     terms = cancelling_terms(*tensors, gradient_of_out(exact[0]), options.get("softmax_scale"))
     for name, a, b, c in zip(names, ours, exact, plain, strict=True):
         assert a.dtype == (torch.float32 if name == "softmax_lse" else dtype), name
-        assert_as_exact(a, b, c, name, scores, terms)
+        assert_as_exact(a, b, c, name, scores, terms if name in ("dq", "dk") else 0)
 
 
 def with_probs(*args, **kwargs):

@@ -8,7 +8,8 @@ the plain one is allowed, and the rounding of scores and of lse to fp32, which m
 factor of 1 + eps/2 * |score|. (Gradients start from that rounded lse; the plain arithmetic keeps its probabilities.)
 
 dq and dk are sums of differences dout.v - dout.out that may cancel to nothing, wholly so in rows that see one key. They
-may err by a rounding in fp32 of the terms of that difference, `cancelling_terms`.
+may err by a rounding in fp32 of the terms of that difference, `cancelling_terms`; so may the gradient of a bias, by
+`dot_terms`.
 """
 
 from __future__ import annotations
@@ -31,19 +32,23 @@ def largest(x: Tensor) -> float:
     return float(finite.abs().max()) if finite.numel() else 0.0
 
 
-def cancelling_terms(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, scale: float | None = None) -> float:
-    """The size of what dq and dk are differences of, scale * (|dout.v| + |dout.out|) * |q or k|. Batched or packed.
+def dot_terms(v: Tensor, dout: Tensor) -> float:
+    """The size of what the gradient of a score is the difference of, |dout.v| + |dout.out|. Batched or packed.
 
     Where there are few products dout.v, all may be small by luck: their partial sums are of size |dout| |v| / 2 or so.
     """
-    if not q.numel() or not k.numel():
+    if not v.numel() or not dout.numel():
         return 0.0
     v = v.double().repeat_interleave(dout.shape[-2] // v.shape[-2], -2)
-    rows = "bihd,bjhd->bhij" if q.dim() == 4 else "ihd,jhd->hij"
+    rows = "bihd,bjhd->bhij" if v.dim() == 4 else "ihd,jhd->hij"
     dots = torch.einsum(rows, dout.double(), v)
+    return max(2 * largest(dots), largest(dout.double().norm(dim=-1)) * largest(v.norm(dim=-1)) / 2)
+
+
+def cancelling_terms(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, scale: float | None = None) -> float:
+    """The size of what dq and dk are differences of, scale * dot_terms * |q or k|."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    partial_sums = largest(dout.double().norm(dim=-1)) * largest(v.norm(dim=-1)) / 2
-    return scale * max(2 * largest(dots), partial_sums) * max(largest(q), largest(k))
+    return scale * dot_terms(v, dout) * max(largest(q), largest(k))
 
 
 def score_terms(q: Tensor, k: Tensor, scale: float | None = None) -> float:
@@ -55,7 +60,7 @@ def score_terms(q: Tensor, k: Tensor, scale: float | None = None) -> float:
 def assert_as_exact(
     ours: Tensor, exact: Tensor, plain: Tensor, name: str, scores: float, terms: float, luck: float = 1
 ) -> None:
-    """`scores`: the size at which scores and lse are rounded. `terms`: the call's cancelling_terms.
+    """`scores`: the size at which scores and lse are rounded. `terms`: that of what cancels in the result, or 0.
 
     `luck`: how many times the plain error, where that is more than said above.
     """
@@ -66,7 +71,6 @@ def assert_as_exact(
         allowed = max(2, luck) * theirs + half_unit * (largest(exact) * (2 + scores) + rounded)
     else:
         allowed = luck * theirs + half_unit * largest(exact)
-    if name in ("dq", "dk"):
-        together = 8 if largest(exact) == 0 else 1  # nothing but roundings, of several rows and heads of a group
-        allowed += torch.finfo(torch.float32).eps * terms * together
+    together = 8 if largest(exact) == 0 else 1  # nothing but roundings, of several rows and heads of a group
+    allowed += torch.finfo(torch.float32).eps * terms * together
     assert got <= allowed, f"{name}: error {got:.3e}, allowed {allowed:.3e} (plain: {theirs:.3e})"

@@ -36,6 +36,7 @@ def attention(
     alibi_slopes: Tensor | None = None,
     attn_bias: Tensor | None = None,
     learnable_sink: Tensor | None = None,
+    dropout: Tensor | None = None,  # (batch, nheads, seqlen_q, seqlen_k): what probabilities are multiplied by
 ) -> tuple[Tensor, Tensor]:
     """-> out (batch, seqlen_q, nheads, headdim_v), lse (batch, nheads, seqlen_q), +inf where a row sees nothing."""
     soft = torch.float64 if dtype == torch.float64 else torch.float32
@@ -66,7 +67,8 @@ def attention(
         total = total + torch.exp(sink - top)
     nothing = total == 0
     total = total.masked_fill(nothing, 1)
-    out = torch.einsum("bhij,bjhd->bihd", (e / total).to(dtype), v)
+    p = e / total if dropout is None else e / total * dropout
+    out = torch.einsum("bhij,bjhd->bihd", p.to(dtype), v)
     lse = (top + torch.log(total)).masked_fill(nothing, torch.inf).squeeze(-1)
     return out, lse
 
@@ -74,14 +76,20 @@ def attention(
 def attention_varlen(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, dtype: torch.dtype, **options
 ) -> tuple[Tensor, Tensor]:
-    """q (total_q, nheads, headdim) -> out (total_q, nheads, headdim_v), lse (nheads, total_q), sequence by sequence."""
+    """q (total_q, nheads, headdim) -> out (total_q, nheads, headdim_v), lse (nheads, total_q), sequence by sequence.
+
+    attn_bias and dropout are (batch|1, nheads|1, rows|1, keys), rows and keys at least those of the longest sequence.
+    """
     starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     slopes = options.pop("alibi_slopes", None)
+    matrices = {name: options.pop(name) for name in ("attn_bias", "dropout") if options.get(name) is not None}
     outs, lses = [], []
     for b in range(len(starts_q) - 1):
         rows, keys = slice(*starts_q[b : b + 2]), slice(*starts_k[b : b + 2])
         mine = slopes[b] if slopes is not None and slopes.dim() == 2 else slopes
-        out, lse = attention(q[None, rows], k[None, keys], v[None, keys], dtype, alibi_slopes=mine, **options)
+        here = {name: x[min(b, x.shape[0] - 1), :, : rows.stop - rows.start, : keys.stop - keys.start][None]
+                for name, x in matrices.items()}  # fmt: skip
+        out, lse = attention(q[None, rows], k[None, keys], v[None, keys], dtype, alibi_slopes=mine, **here, **options)
         outs.append(out[0])
         lses.append(lse[0])
     tail = q.shape[0] - starts_q[-1]
