@@ -156,6 +156,24 @@ TEST(Cpu, InfAndNanInEachOperand) {
   }
 }
 
+/// The only score of a row is its maximum, and by the rounding of scale * score often just below it: p is 1, not the
+/// largest error of 2^t below 1, and lse the score to the last digit.
+TEST(Cpu, OneKeyHasAllTheWeight) {
+  AttentionCase got = AttentionCase::fixed(DType::f32, {2, 300, 1, 2, 1, 1, 3});
+  for (const cpu::Kernels* kernels : kernels_under_test()) {
+    SCOPED_TRACE(kernels->name);
+    cpu::forward(make_problem(got.forward_call()), *kernels);
+    for (int64_t b = 0; b < 2; ++b)
+      for (int64_t i = 0; i < 300; ++i)
+        for (int64_t h = 0; h < 2; ++h) {
+          const double score = got.q.at(b, i, h, 0) * got.k.at(b, 0, 0, 0);
+          EXPECT_NEAR(got.lse.at(b, h, i), score, 0x1p-24 * (1 + 2 * std::abs(score)));
+          for (int64_t c = 0; c < 3; ++c)
+            EXPECT_NEAR(got.out.at(b, i, h, c), got.v.at(b, 0, 0, c), 0x1p-23 * std::abs(got.v.at(b, 0, 0, c)));
+        }
+  }
+}
+
 /// Few queries, many keys: the keys are split among tasks and packed in chunks, and sums over splits are merged. With
 /// splits that some or all rows do not see, sequences shorter than a split, and inf and NaN in a split.
 TEST(Cpu, FewQueriesOfManyKeys) {
