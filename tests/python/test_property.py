@@ -163,16 +163,22 @@ def run(function, inputs, dout, dlse):
 def terms_of(p: Problem, inputs, dout) -> dict[str, float]:
     """For the results that are sums of what may cancel: the size of that, in roundings in fp32.
 
-    dout.out is made of the out that was written. With dropout a row of one key has an out that is rounded to 16 bits,
-    and a gradient of 0 to which the plain arithmetic comes without it.
+    dout.out is made of the out that was written, in 16 bits. The gradient of a sink is a sum of it; with dropout, or a
+    sink, a row of one key has gradients of almost 0 that are a difference of it. The plain arithmetic comes to them
+    without that rounding.
     """
     q, k, v = (inputs[name] for name in "qkv")
     kept = dout / (1 - p.dropout_p)
-    roundings = torch.finfo(p.dtype).eps / torch.finfo(torch.float32).eps / 2 if p.dropout_p else 0
-    scores = cancelling_terms(q, k, v, kept, p.softmax_scale)
-    many = sum(p.lengths_q) ** 0.5 if p.bias == "rows alike" else 1
-    terms = {"dq": scores, "dk": scores, "dattn_bias": dot_terms(v, kept) * many}
-    return {name: x * max(1, roundings) for name, x in terms.items()}
+    scores, dots = cancelling_terms(q, k, v, kept, p.softmax_scale), dot_terms(v, kept)
+    many = sum(p.lengths_q) ** 0.5  # rows
+    written = max(1, torch.finfo(p.dtype).eps / 2 / torch.finfo(torch.float32).eps)
+    each = written if p.dropout_p or p.sink else 1
+    return {
+        "dq": scores * each,
+        "dk": scores * each,
+        "dattn_bias": dots * each * (many if p.bias == "rows alike" else 1),
+        "dlearnable_sink": dots * written * many,
+    }
 
 
 @settings(
