@@ -170,12 +170,13 @@ def terms_of(p: Problem, inputs, dout) -> dict[str, float]:
     q, k, v = (inputs[name] for name in "qkv")
     kept = dout / (1 - p.dropout_p)
     scores, dots = cancelling_terms(q, k, v, kept, p.softmax_scale), dot_terms(v, kept)
-    many = sum(p.lengths_q) ** 0.5  # rows
+    many = (sum(p.lengths_q) * p.group) ** 0.5  # rows that see a key, whose errors add up as random ones do
     written = max(1, torch.finfo(p.dtype).eps / 2 / torch.finfo(torch.float32).eps)
     each = written if p.dropout_p or p.sink else 1
     return {
         "dq": scores * each,
-        "dk": scores * each,
+        "dk": scores * each * max(1, many / 4),
+        "dv": largest(kept) * many,
         "dattn_bias": dots * each * (many if p.bias == "rows alike" else 1),
         "dlearnable_sink": dots * written * many,
     }
