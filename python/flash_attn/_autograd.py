@@ -9,9 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flash_attn import _C, _ops
+from flash_attn import _ops
 from flash_attn._backend import current
-from flash_attn._options import options
 
 _flash_attn_ops = torch.ops.flash_attn
 
@@ -56,7 +55,7 @@ def _attend(
         ctx.save_for_backward(
             q, k, v, out, lse, rng_state, alibi_slopes, cu_seqlens_q, cu_seqlens_k, learnable_sink, attn_bias
         )
-        ctx.settings = (dropout_p, *scores[:5], deterministic, max_seqlen_q, max_seqlen_k, varlen is not None)
+        ctx.settings = (dropout_p, *scores[:5], deterministic, max_seqlen_q, max_seqlen_k)
         ctx.backend = current() if plain else None
     return (out, lse, S_dmask) if return_softmax else out
 
@@ -64,28 +63,17 @@ def _attend(
 def _differentiate(ctx, saved: tuple, dout: Tensor, dlse: Tensor | None, dq: Tensor, dk: Tensor, dv: Tensor):
     """Writes dq, dk and dv; -> (dsink, dbias). `saved`: ctx.saved_tensors, which checkpointing lets one read once."""
     q, k, v, out, lse, rng_state, alibi_slopes, cu_seqlens_q, cu_seqlens_k, sink, bias = saved
-    dropout_p, scale, causal, left, right, softcap, deterministic, max_seqlen_q, max_seqlen_k, is_varlen = ctx.settings
+    dropout_p, *scores, deterministic, max_seqlen_q, max_seqlen_k = ctx.settings
     dsink = None if sink is None else torch.empty_like(sink, dtype=torch.float32)
     dbias = None if bias is None else torch.empty_like(bias, dtype=torch.float32)
+    tensors = (dout, q, k, v, out, lse, dq, dk, dv, dlse, dbias, dsink)
+    scores = (*scores, alibi_slopes, bias, sink)
+    sequences = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    dropout = (dropout_p, rng_state, deterministic)
     if _ops.is_plain(q, k, v) and type(dout) is Tensor:
-        seed, offset = _ops._seed_and_offset(dropout_p, rng_state)
-        _C.backward(
-            dout, q, k, v, out, lse, dq, dk, dv, dlse, dbias, dsink,
-            options(
-                scale, causal, left, right, softcap, alibi_slopes, bias, sink, cu_seqlens_q, cu_seqlens_k,
-                max_seqlen_q, max_seqlen_k, None, None, None, dropout_p, seed, offset, ctx.backend, deterministic,
-            ),
-        )  # fmt: skip
+        _ops._run_backward(tensors, scores, (*sequences, None, None, None), *dropout, ctx.backend)
     else:
-        tail = (dropout_p, scale, causal, left, right, softcap, alibi_slopes, deterministic, rng_state)
-        extensions = {"dlse": dlse, "attn_bias": bias, "learnable_sink": sink, "dbias": dbias, "dsink": dsink}
-        if is_varlen:
-            _flash_attn_ops._flash_attn_varlen_backward(
-                dout, q, k, v, out, lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *tail,
-                **extensions,
-            )  # fmt: skip
-        else:
-            _flash_attn_ops._flash_attn_backward(dout, q, k, v, out, lse, dq, dk, dv, *tail, **extensions)
+        _flash_attn_ops._flash_attn_gradients(*tensors, *scores, *sequences, *dropout)
     return (
         None if sink is None else dsink.to(sink.dtype),
         None if bias is None else dbias.to(bias.dtype),

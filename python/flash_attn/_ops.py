@@ -1,8 +1,8 @@
 """The torch.library operators flash_attn::_flash_attn_{,varlen_}{forward,backward}, for every device.
 
-The schemas are upstream's; what ours can do beyond them comes last. `forward` and `backward` below are
-the one way in for the rest of the package: eager calls on plain tensors go straight to the compiled core, calls that
-somebody traces (torch.compile, export, fake tensors, functorch) go through the dispatcher.
+Their schemas are upstream's; what the forward can do beyond them comes last. The gradients of our functions have an
+operator of their own, flash_attn::_flash_attn_gradients. Eager calls on plain tensors go straight to the compiled core,
+calls that somebody traces (torch.compile, export, fake tensors, functorch) go through the dispatcher.
 """
 
 from __future__ import annotations
@@ -86,6 +86,12 @@ def _run_forward(q, k, v, dropout_p, return_softmax, scores, sequences):
     return out, lse, q.new_empty((0,)), rng_state
 
 
+def _run_backward(tensors, scores, sequences, dropout_p, rng_state, deterministic, backend=None) -> None:
+    """`tensors`: dout, q, k, v, out, softmax_lse, then dq, dk, dv, which are written, dlse, then dbias, dsink, too."""
+    seed, offset = _seed_and_offset(dropout_p, rng_state)
+    _C.backward(*tensors, options(*scores, *sequences, dropout_p, seed, offset, backend, deterministic))
+
+
 def _fake_forward(q, v, dropout_p, return_softmax, batch, max_seqlen_q, max_seqlen_k):
     with_mask = return_softmax and dropout_p > 0
     mask = empty_s_dmask(q, batch, q.shape[-2], max_seqlen_q, max_seqlen_k) if with_mask else q.new_empty((0,))
@@ -93,10 +99,6 @@ def _fake_forward(q, v, dropout_p, return_softmax, batch, max_seqlen_q, max_seql
 
 
 _FORWARD_TAIL = "Tensor? attn_bias=None, Tensor? learnable_sink=None) -> (Tensor, Tensor, Tensor, Tensor)"
-_BACKWARD_TAIL = (
-    "Tensor? dlse=None, Tensor? attn_bias=None, Tensor? learnable_sink=None, Tensor(d!)? dbias=None, "
-    "Tensor(e!)? dsink=None) -> Tensor"
-)
 
 
 @torch.library.custom_op(
@@ -168,67 +170,70 @@ def _varlen_softmax_d(dout: Tensor, out: Tensor, cu_seqlens_q: Tensor) -> Tensor
 
 @torch.library.custom_op(
     "flash_attn::_flash_attn_backward",
-    mutates_args=("dq", "dk", "dv", "dbias", "dsink"),
+    mutates_args=("dq", "dk", "dv"),
     schema="(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse, Tensor(a!) dq, Tensor(b!) dk, "
     "Tensor(c!) dv, float dropout_p, float softmax_scale, bool causal, SymInt window_size_left, "
-    "SymInt window_size_right, float softcap, Tensor? alibi_slopes, bool deterministic, Tensor? rng_state=None, "
-    f"{_BACKWARD_TAIL}",
+    "SymInt window_size_right, float softcap, Tensor? alibi_slopes, bool deterministic, Tensor? rng_state=None) "
+    "-> Tensor",
 )
 def _backward_op(
     dout, q, k, v, out, softmax_lse, dq, dk, dv, dropout_p, softmax_scale, causal, window_size_left, window_size_right,
-    softcap, alibi_slopes, deterministic, rng_state=None, dlse=None, attn_bias=None, learnable_sink=None,
-    dbias=None, dsink=None,
+    softcap, alibi_slopes, deterministic, rng_state=None,
 ):  # fmt: skip
-    window = (window_size_left, window_size_right)
-    scores = (softmax_scale, causal, *window, softcap, alibi_slopes, attn_bias, learnable_sink)
-    dropout = (dropout_p, *_seed_and_offset(dropout_p, rng_state))
-    _C.backward(
-        dout, q, k, v, out, softmax_lse, dq, dk, dv, dlse, dbias, dsink,
-        options(*scores, *(None,) * 7, *dropout, deterministic=deterministic),
-    )  # fmt: skip
+    scores = (softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes, None, None)
+    tensors = (dout, q, k, v, out, softmax_lse, dq, dk, dv, None, None, None)
+    _run_backward(tensors, scores, (None,) * 7, dropout_p, rng_state, deterministic)
     return _softmax_d(dout, out)
 
 
 @_backward_op.register_fake
-def _(
-    dout, q, k, v, out, softmax_lse, dq, dk, dv, dropout_p, softmax_scale, causal, window_size_left, window_size_right,
-    softcap, alibi_slopes, deterministic, rng_state=None, dlse=None, attn_bias=None, learnable_sink=None,
-    dbias=None, dsink=None,
-):  # fmt: skip
+def _(dout, q, *_, rng_state=None):
     batch, seqlen_q, nheads = q.shape[:3]
     return q.new_empty((batch, nheads, round_multiple(seqlen_q, 128)), dtype=torch.float32)
 
 
 @torch.library.custom_op(
     "flash_attn::_flash_attn_varlen_backward",
-    mutates_args=("dq", "dk", "dv", "dbias", "dsink"),
+    mutates_args=("dq", "dk", "dv"),
     schema="(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse, Tensor(a!) dq, Tensor(b!) dk, "
     "Tensor(c!) dv, Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, "
     "float dropout_p, float softmax_scale, bool causal, SymInt window_size_left, SymInt window_size_right, "
-    "float softcap, Tensor? alibi_slopes, bool deterministic, Tensor? rng_state=None, bool zero_tensors=False, "
-    f"{_BACKWARD_TAIL}",
+    "float softcap, Tensor? alibi_slopes, bool deterministic, Tensor? rng_state=None, bool zero_tensors=False) "
+    "-> Tensor",
 )
 def _varlen_backward_op(
     dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p,
     softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes, deterministic, rng_state=None,
-    zero_tensors=False, dlse=None, attn_bias=None, learnable_sink=None, dbias=None, dsink=None,
+    zero_tensors=False,
 ):  # fmt: skip
-    window = (window_size_left, window_size_right)
-    scores = (softmax_scale, causal, *window, softcap, alibi_slopes, attn_bias, learnable_sink)
+    scores = (softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes, None, None)
     sequences = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, None, None, None)
-    dropout = (dropout_p, *_seed_and_offset(dropout_p, rng_state))
-    _C.backward(
-        dout, q, k, v, out, softmax_lse, dq, dk, dv, dlse, dbias, dsink,
-        options(*scores, *sequences, *dropout, deterministic=deterministic),
-    )  # fmt: skip
+    tensors = (dout, q, k, v, out, softmax_lse, dq, dk, dv, None, None, None)
+    _run_backward(tensors, scores, sequences, dropout_p, rng_state, deterministic)
     return _varlen_softmax_d(dout, out, cu_seqlens_q)
 
 
 @_varlen_backward_op.register_fake
-def _(
-    dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p,
-    softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes, deterministic, rng_state=None,
-    zero_tensors=False, dlse=None, attn_bias=None, learnable_sink=None, dbias=None, dsink=None,
-):  # fmt: skip
+def _(dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, *_, rng_state=None, zero_tensors=False):
     total_q, nheads = q.shape[:2]
     return q.new_empty((nheads, total_q + 128 * (cu_seqlens_q.numel() - 1)), dtype=torch.float32)
+
+
+# What is written must have no default: torch before 2.13 looks for it among the arguments that were given.
+@torch.library.custom_op(
+    "flash_attn::_flash_attn_gradients",
+    mutates_args=("dq", "dk", "dv", "dbias", "dsink"),
+    schema="(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse, Tensor(a!) dq, Tensor(b!) dk, "
+    "Tensor(c!) dv, Tensor? dlse, Tensor(d!)? dbias, Tensor(e!)? dsink, float softmax_scale, bool causal, "
+    "SymInt window_size_left, SymInt window_size_right, float softcap, Tensor? alibi_slopes, Tensor? attn_bias, "
+    "Tensor? learnable_sink, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt? max_seqlen_q, SymInt? max_seqlen_k, "
+    "float dropout_p, Tensor? rng_state, bool deterministic) -> ()",
+)
+def _gradients_op(*arguments):
+    tensors, scores, sequences = arguments[:12], arguments[12:20], arguments[20:24]
+    _run_backward(tensors, scores, (*sequences, None, None, None), *arguments[24:])
+
+
+@_gradients_op.register_fake
+def _(*_):
+    return None

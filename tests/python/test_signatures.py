@@ -127,11 +127,19 @@ def test_autograd_class_takes_upstreams_arguments(name):
     assert str(inspect.signature(cls.forward)).startswith(APPLY[name])
 
 
-@pytest.mark.parametrize("name", ["_flash_attn_backward", "_flash_attn_varlen_backward"])
-def test_backward_operators_say_what_they_write(name):
+@pytest.mark.parametrize(
+    "name, names",
+    [
+        ("_flash_attn_backward", ["dq", "dk", "dv"]),
+        ("_flash_attn_varlen_backward", ["dq", "dk", "dv"]),
+        ("_flash_attn_gradients", ["dq", "dk", "dv", "dbias", "dsink"]),
+    ],
+)
+def test_operators_say_what_they_write(name, names):
     schema = getattr(torch.ops.flash_attn, name).default._schema
-    written = [a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
-    assert written == ["dq", "dk", "dv", "dbias", "dsink"]
+    written = [a for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    assert [a.name for a in written] == names
+    assert not any(a.has_default_value() for a in written)
 
 
 def test_small_names():

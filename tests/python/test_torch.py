@@ -141,6 +141,24 @@ def test_opcheck_backward(dtype):
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("extended", [False, True])
+def test_opcheck_gradients(extended):
+    ops = torch.ops.flash_attn
+    q, k, v = packed_inputs()
+    bias, sink = (torch.randn(3, 4, 7, 7), torch.randn(4)) if extended else (None, None)
+    out, lse, *_ = ops._flash_attn_varlen_forward(*varlen_arguments(q, k, v), attn_bias=bias, learnable_sink=sink)
+    dq, dk, dv, dlse, dbias, dsink = (
+        None if x is None else torch.zeros_like(x) for x in (q, k, v, lse if extended else None, bias, sink)
+    )
+    torch.library.opcheck(
+        ops._flash_attn_gradients.default,
+        (
+            torch.ones_like(out), q, k, v, out, lse, dq, dk, dv, dlse, dbias, dsink, 0.25, True, -1, -1, 0.0, None,
+            bias, sink, CU, CU, 7, 7, 0.0, None, False,
+        ),
+    )  # fmt: skip
+
+
 def test_private_functions_round_trip():
     """As context-parallel trainers use them: forward, then backward into their own buffers."""
     q, k, v = fixed_inputs(requires_grad=True)
