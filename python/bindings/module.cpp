@@ -141,8 +141,12 @@ void py_backward(nb::handle dout, nb::handle q, nb::handle k, nb::handle v, nb::
 using Names = std::span<const std::pair<std::string_view, std::string_view>>;  // the core's, Python's
 
 /// The core names arguments as C++ does; where Python's name is another, its users read theirs.
-constexpr std::pair<std::string_view, std::string_view> kPythonNames[] = {{"window_left", "window_size[0]"},
-                                                                          {"window_right", "window_size[1]"}};
+constexpr std::pair<std::string_view, std::string_view> kPythonNames[] = {
+    {"window_left", "window_size[0]"},
+    {"window_right", "window_size[1]"},
+    {"bias", "attn_bias"},
+    {"sink", "learnable_sink"},
+};
 /// And those of flash_attn_with_kvcache.
 constexpr std::pair<std::string_view, std::string_view> kCacheNames[] = {
     {"k", "k_cache"},
