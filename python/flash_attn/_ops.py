@@ -87,7 +87,7 @@ def _run_forward(q, k, v, dropout_p, return_softmax, scores, sequences):
 
 
 def _run_backward(tensors, scores, sequences, dropout_p, rng_state, deterministic, backend=None) -> None:
-    """`tensors`: dout, q, k, v, out, softmax_lse, then dq, dk, dv, which are written, dlse, then dbias, dsink, too."""
+    """`tensors`: dout, q, k, v, out, softmax_lse, dq, dk, dv, dlse, dbias, dsink."""
     seed, offset = _seed_and_offset(dropout_p, rng_state)
     _C.backward(*tensors, options(*scores, *sequences, dropout_p, seed, offset, backend, deterministic))
 
@@ -219,7 +219,7 @@ def _(dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, *_, rng_state=N
     return q.new_empty((nheads, total_q + 128 * (cu_seqlens_q.numel() - 1)), dtype=torch.float32)
 
 
-# What is written must have no default: torch before 2.13 looks for it among the arguments that were given.
+# What is written has no default: arguments that are theirs never arrive, and torch (2.11) asks for all it writes.
 @torch.library.custom_op(
     "flash_attn::_flash_attn_gradients",
     mutates_args=("dq", "dk", "dv", "dbias", "dsink"),

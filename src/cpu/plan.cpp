@@ -50,17 +50,17 @@ static void plan_packs(Plan& plan, const Problem& p, const AttendKernel& kernel)
       plan.k_bytes + static_cast<int64_t>(Arena::padded<char>(kernel.v_bytes(plan.pack_keys, p.headdim_v)));
 }
 
-/// Rows of which a task of the longest sequence has at most its worker's share of a wave, cut in kTasksPerWorker.
+/// Rows with which a task of the longest sequence is a worker's share of a wave, cut in kTasksPerWorker.
 static int64_t fair_rows(const Plan& plan, const Problem& p, int workers) {
-  double products = 0;
+  double scores = 0;  // of all heads of queries
   for (int64_t b = 0; b < p.batch; ++b) {
     const Sequence s = p.sequences.at(b);
-    products += static_cast<double>(s.seqlen_q) * static_cast<double>(s.seqlen_k);
+    scores += static_cast<double>(p.nheads) * static_cast<double>(s.seqlen_q) * static_cast<double>(s.seqlen_k);
   }
-  const int64_t heads = std::min(plan.heads_per_wave * p.group(), p.batch * p.nheads);
-  const double of_wave = products * static_cast<double>(heads) / static_cast<double>(p.batch);
-  const int64_t tasks = workers == 1 ? 1 : workers * kTasksPerWorker;
-  return static_cast<int64_t>(of_wave / static_cast<double>(tasks * p.max_seqlen_k));
+  const int64_t heads = std::max<int64_t>(p.batch * p.nheads_k, 1),
+                tasks = workers == 1 ? 1 : workers * kTasksPerWorker;
+  const double of_wave = scores * static_cast<double>(plan.heads_per_wave) / static_cast<double>(heads);
+  return static_cast<int64_t>(of_wave / static_cast<double>(tasks * std::max<int64_t>(p.max_seqlen_k, 1)));
 }
 
 static void plan_many_rows(Plan& plan, const Problem& p, const AttendKernel& kernel, int workers) {

@@ -57,6 +57,7 @@ TEST(Plan, TasksFollowTheWorkers) {
   EXPECT_GE(tasks_of_head(one_head, 2), 16);
   EXPECT_GE(tasks_of_head(one_head, 16), 16);
   EXPECT_LE(tasks_of_head(many_heads, 2), 6);
+  EXPECT_EQ(plan(fixed(1, 1, 1, 4096, 0, 64), 2).rows, plan(fixed(1, 1, 1, 4096, 0, 64), 2).rows_shared);  // no work
   for (const int workers : {2, 5, 64}) {
     EXPECT_EQ(plan(one_head, workers).rows_shared, plan(one_head, 1).rows_shared);
     EXPECT_EQ(plan(many_heads, workers).heads_per_wave, plan(many_heads, 1).heads_per_wave);
