@@ -46,9 +46,8 @@ class Problem:
     softmax_scale: float | None
     alibi: int  # 0: none, 1: (nheads), 2: (batch, nheads)
     sink: bool
-    bias: (
-        str  # "", "full" (batch, nheads, seqlen_q, seqlen_k), "rows alike" (1, nheads, 1, seqlen_k), "mask": full, -inf
-    )
+    # "full": (batch, nheads, seqlen_q, seqlen_k); "mask": such, with -inf; "rows alike": (1, nheads, 1, seqlen_k); ""
+    bias: str
     dropout_p: float
     seed: int
 
