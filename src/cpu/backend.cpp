@@ -27,7 +27,7 @@ class CpuBackend final : public Backend {
     const cpu::Kernels& k = cpu::active_kernels();
     if (p.pass == Pass::backward) {
       const cpu::BackwardKernel& kernel = cpu::backward_kernel(k, p.dtype);
-      return cpu::describe(cpu::make_backward_plan(p, k, kernel), k, kernel);
+      return cpu::describe(cpu::make_backward_plan(p, k, kernel, cpu::max_workers()), k, kernel);
     }
     const cpu::AttendKernel& kernel = cpu::attend_kernel(k, p);
     return cpu::describe(cpu::make_plan(p, kernel, k.width, cpu::max_workers()), k, kernel);

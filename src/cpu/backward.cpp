@@ -1,9 +1,10 @@
-// Backward: one task per (sequence, key head, split of its keys). A task owns the dk and dv of its keys; it goes
-// through the query heads of the group one after the other, so nothing is shared while it runs.
+// Backward: a task is (sequence, key head, some splits of its keys). It owns the dk and dv of its keys; it goes through
+// the query heads of the group one after the other, so nothing is shared while it runs.
 //
 // dq gets a contribution from every split. One split: the task writes dq itself. Several: each fills a partial of its
-// own, and they are summed in the order of the splits. An element of dbias is written by one task, or is a sum, to
-// which tasks add in turns (plan.hpp). Either way the sums have one order, whatever the threads.
+// own, and they are summed in the order of the splits; a worker that has all splits of a head adds them up at once, in
+// that order. An element of dbias is written by one task, or is a sum, to which tasks add in turns (plan.hpp). Either
+// way the sums have one order, whatever the threads.
 #include <algorithm>
 #include <cmath>
 #include <utility>
@@ -19,10 +20,29 @@ namespace flash_attn::cpu {
 namespace {
 
 struct Task {
-  int64_t b, hk, split;
+  int64_t b, hk;
+  int64_t first_split, last_split;
   Sequence sequence;
-  float* dq_partials;  // (splits, group, max_seqlen_q, d) of this key head; nullptr with one split
+  float* dq_partials;  // (planes, group, max_seqlen_q, d) of this key head; nullptr with one split
 };
+
+/// Partials of a key head.
+int64_t planes(const BackwardPlan& plan) { return plan.chained ? 1 : plan.splits; }
+
+/// A worker's memory.
+struct Worker {
+  QueryRows queries;
+  std::vector<KeySplit> splits;
+
+  Worker(Arena& arena, const Backward& f) : queries(arena, f) {
+    float* const rows = arena.take<float>(KeySplit::row_floats(f));
+    for (int64_t i = 0; i < f.plan.splits_at_once; ++i) splits.emplace_back(arena, f, rows);
+  }
+};
+
+void add_to(float* sums, const float* x, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) sums[i] += x[i];
+}
 
 /// Rows [first, last) of dq, from `dq`.
 void store_dq(const Backward& f, const Sequence& seq, int64_t head, int64_t first, int64_t last, const float* dq) {
@@ -32,60 +52,57 @@ void store_dq(const Backward& f, const Sequence& seq, int64_t head, int64_t firs
              [&](int64_t i) { return p.dq.at(seq.q_batch, seq.q_row + first + i, head); });
 }
 
-/// Queries that see a key of [begin, end), and those between them.
-Interval queries_of(const Problem& p, const Sequence& seq, int64_t begin, int64_t end) {
-  Interval rows{seq.seqlen_q, 0};
-  for (int64_t i = 0; i < seq.seqlen_q; ++i) {
-    const Interval seen = p.scores.mask.row(i, seq.seqlen_q, seq.seqlen_k);
-    if (seen.empty() || seen.hi <= begin || seen.lo >= end) continue;
-    rows = {std::min(rows.lo, i), i + 1};
+/// Queries [first, last) of head g of the group against splits [split, split + n) of the task, which the worker has
+/// taken up.
+void attend(const Backward& f, const Task& t, int64_t split, int64_t n, int64_t g, int64_t first, int64_t last,
+            Worker& w, double* dsink) {
+  const Problem& p = f.p;
+  const int64_t head = t.hk * p.group() + g, d = round_up(p.headdim, f.k.width);
+  QueryRows& queries = w.queries;
+  queries.find(f, t.sequence, t.b, head, first, last);
+  const bool sinks = dsink && split == 0;
+  if (sinks || queries.see(w.splits.front().begin(), w.splits[static_cast<std::size_t>(n - 1)].end())) queries.start(f);
+  if (sinks) dsink[t.b * p.nheads + head] += queries.sink_gradient(f);
+  for (int64_t i = 0; i < n; ++i) {
+    KeySplit& keys = w.splits[static_cast<std::size_t>(i)];
+    const bool seen = queries.see(keys.begin(), keys.end()), adds = f.plan.chained && split + i > 0;
+    const float* const dq = seen ? keys.attend(f, queries) : queries.zeros(f);
+    if (p.dbias.present() && !dbias_sums(p)) queries.clear_unseen_dbias(f, keys.begin(), keys.end());
+    if (!t.dq_partials) {
+      store_dq(f, t.sequence, head, first, last, dq);
+      continue;
+    }
+    const int64_t plane = f.plan.chained ? 0 : split + i;
+    float* const partial = t.dq_partials + ((plane * p.group() + g) * p.max_seqlen_q + first) * d;
+    if (!adds)
+      std::copy(dq, dq + (last - first) * d, partial);
+    else if (seen)
+      add_to(partial, dq, (last - first) * d);
   }
-  return rows.empty() ? Interval{0, 0} : rows;
 }
 
-void run(const Backward& f, const Task& t, KeySplit& keys, double* dsink) {
-  const Problem& p = f.p;
-  const Sequence& seq = t.sequence;
-  const int64_t d = round_up(p.headdim, f.k.width);
-  const int64_t begin = t.split * f.plan.keys_per_split, end = std::min(begin + f.plan.keys_per_split, seq.seqlen_k);
-  if (end > begin) keys.take_keys(f, seq, t.b, t.hk, begin, end);
-  const bool sinks = dsink && t.split == 0;
-  // Every row sees the sink, and may have gradients of its bias to write.
-  const bool all_rows = sinks || (p.dbias.present() && !dbias_sums(p) && end > begin);
-  const Interval rows = all_rows ? Interval{0, seq.seqlen_q} : queries_of(p, seq, begin, end);
-  const std::vector<float> zeros(static_cast<std::size_t>(rows.hi - rows.lo < seq.seqlen_q ? f.plan.rows * d : 0));
-  for (int64_t g = 0; g < p.group(); ++g) {
-    const int64_t head = t.hk * p.group() + g;
-    float* const partial = t.dq_partials ? t.dq_partials + (t.split * p.group() + g) * p.max_seqlen_q * d : nullptr;
-    const auto put_dq = [&](int64_t first, int64_t last, const float* dq) {
-      if (partial)
-        std::copy(dq, dq + (last - first) * d, partial + first * d);
-      else
-        store_dq(f, seq, head, first, last, dq);
-    };
-    const auto put_zeros = [&](int64_t first, int64_t end_row) {
-      for (; first < end_row; first += f.plan.rows) put_dq(first, std::min(first + f.plan.rows, end_row), zeros.data());
-    };
-    put_zeros(0, rows.lo);
-    for (int64_t i = rows.lo; i < rows.hi; i += f.plan.rows) {
-      const int64_t last = std::min(i + f.plan.rows, rows.hi);
-      keys.take_queries(f, head, i, last);
-      if (sinks) dsink[t.b * p.nheads + head] += keys.sink_gradient(f);
-      put_dq(i, last, keys.attend(f));
+void run(const Backward& f, const Task& t, Worker& w, double* dsink) {
+  const BackwardPlan& plan = f.plan;
+  for (int64_t split = t.first_split; split < t.last_split; split += plan.splits_at_once) {
+    const int64_t n = std::min(plan.splits_at_once, t.last_split - split);
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t begin = std::min((split + i) * plan.keys_per_split, t.sequence.seqlen_k);
+      const int64_t end = std::min(begin + plan.keys_per_split, t.sequence.seqlen_k);
+      w.splits[static_cast<std::size_t>(i)].take(f, t.sequence, t.hk, begin, end);
     }
-    put_zeros(rows.hi, seq.seqlen_q);
+    for (int64_t g = 0; g < f.p.group(); ++g)
+      for (int64_t first = 0; first < t.sequence.seqlen_q; first += plan.rows)
+        attend(f, t, split, n, g, first, std::min(first + plan.rows, t.sequence.seqlen_q), w, dsink);
+    for (int64_t i = 0; i < n; ++i) w.splits[static_cast<std::size_t>(i)].store(f);
   }
-  if (end > begin) keys.store(f);
 }
 
 /// dq of one head = the sum of its partials, in the order of the splits (into the first one).
 void reduce_dq(const Backward& f, const Task& t, int64_t g) {
   const int64_t d = round_up(f.p.headdim, f.k.width), plane = f.p.max_seqlen_q * d, n = t.sequence.seqlen_q * d;
   float* const sum = t.dq_partials + g * plane;
-  for (int64_t split = 1; split < f.plan.splits; ++split) {
-    const float* const part = t.dq_partials + (split * f.p.group() + g) * plane;
-    for (int64_t i = 0; i < n; ++i) sum[i] += part[i];
-  }
+  for (int64_t split = 1; split < planes(f.plan); ++split)
+    add_to(sum, t.dq_partials + (split * f.p.group() + g) * plane, n);
   store_dq(f, t.sequence, t.hk * f.p.group() + g, 0, t.sequence.seqlen_q, sum);
 }
 
@@ -111,7 +128,7 @@ void clear_dbias(const Problem& p, int workers) {
 /// Brings tasks that must take turns next to each other, and returns where each run of them begins, and the end. Mostly
 /// every task is a run of its own.
 std::vector<std::size_t> arrange_turns(const Problem& p, std::vector<Task>& tasks) {
-  const auto place = [&](const Task& t) { return std::pair(dbias_owner(p, t.b, t.hk), t.split); };
+  const auto place = [&](const Task& t) { return std::pair(dbias_owner(p, t.b, t.hk), t.first_split); };
   const bool sums = p.dbias.present() && dbias_sums(p);
   if (sums)
     std::stable_sort(tasks.begin(), tasks.end(), [&](const Task& a, const Task& b) { return place(a) < place(b); });
@@ -135,38 +152,38 @@ double sink_gradient_without_keys(const Problem& p, const Sequence& seq, int64_t
 void backward(const Problem& p, const Kernels& k) {
   clear_if_uncovered(p);
   const BackwardKernel& kernel = backward_kernel(k, p.dtype);
-  const Backward f{p, k, kernel, make_backward_plan(p, k, kernel)};
-  const BackwardPlan& plan = f.plan;
   const int workers = max_workers();
+  const Backward f{p, k, kernel, make_backward_plan(p, k, kernel, workers)};
+  const BackwardPlan& plan = f.plan;
   if (p.dbias.present() && !tasks_write_dbias(p)) clear_dbias(p, workers);
   Arena arena(static_cast<std::size_t>(plan.workspace_shared + workers * plan.workspace_per_worker));
-  const int64_t partial = plan.splits * p.group() * p.max_seqlen_q * round_up(p.headdim, k.width);  // of a key head
+  const int64_t partial = planes(plan) * p.group() * p.max_seqlen_q * round_up(p.headdim, k.width);  // of a key head
   float* const partials = plan.splits > 1 ? arena.take<float>(plan.heads_per_wave * partial) : nullptr;
-  std::vector<KeySplit> memory;
+  std::vector<Worker> memory;
   for (int w = 0; w < workers; ++w) memory.emplace_back(arena, f);
   std::vector<double> dsink(p.dsink.present() ? static_cast<std::size_t>(p.batch * p.nheads) : 0);
 
-  std::vector<Task> tasks, first_splits;  // first_splits: one a head, if there are partials to be summed
   const int64_t all_heads = p.batch * p.nheads_k;
   for (int64_t first = 0; first < all_heads; first += plan.heads_per_wave) {
-    tasks.clear();
+    std::vector<Task> heads, tasks;
     for (int64_t i = first; i < std::min(first + plan.heads_per_wave, all_heads); ++i) {
       const Sequence s = p.sequences.at(i / p.nheads_k);
       if (s.empty()) continue;
-      for (int64_t split = 0; split < plan.splits; ++split)
-        tasks.push_back(
-            {i / p.nheads_k, i % p.nheads_k, split, s, partials ? partials + (i - first) * partial : nullptr});
+      heads.push_back(
+          {i / p.nheads_k, i % p.nheads_k, 0, plan.splits, s, partials ? partials + (i - first) * partial : nullptr});
     }
-    if (partials) first_splits = tasks;
-    std::erase_if(first_splits, [](const Task& t) { return t.split > 0; });
+    for (const SplitRange& r : backward_ranges(plan, static_cast<int64_t>(heads.size()), workers)) {
+      tasks.push_back(heads[static_cast<std::size_t>(r.head)]);
+      tasks.back().first_split = r.first, tasks.back().last_split = r.last;
+    }
     const std::vector<std::size_t> begins = arrange_turns(p, tasks);
     parallel_for(static_cast<int64_t>(begins.size()) - 1, workers, [&](int64_t i, int worker) {
       for (std::size_t at = begins[static_cast<std::size_t>(i)]; at < begins[static_cast<std::size_t>(i) + 1]; ++at)
         run(f, tasks[at], memory[static_cast<std::size_t>(worker)], dsink.empty() ? nullptr : dsink.data());
     });
-    parallel_for(static_cast<int64_t>(first_splits.size()) * p.group(), workers, [&](int64_t i, int) {
-      reduce_dq(f, first_splits[static_cast<std::size_t>(i / p.group())], i % p.group());
-    });
+    if (!partials) continue;
+    parallel_for(static_cast<int64_t>(heads.size()) * p.group(), workers,
+                 [&](int64_t i, int) { reduce_dq(f, heads[static_cast<std::size_t>(i / p.group())], i % p.group()); });
   }
 
   for (int64_t h = 0; p.dsink.present() && h < p.nheads; ++h) {

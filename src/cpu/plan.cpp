@@ -35,6 +35,9 @@ constexpr int64_t kSmallFlops = 2'000'000;
 constexpr int64_t kTinyFlops = 300'000;
 constexpr int64_t kMinKeysPerSplit = 256;
 constexpr int64_t kPartialBytes = int64_t{64} << 20;
+// Splits of the backward that share the packs of queries, and heads that leave no worker idle when each has one whole.
+constexpr int64_t kSplitsBytes = int64_t{2} << 20;
+constexpr int64_t kHeadsPerWorker = 4;
 
 /// Heads of seqlen_q queries that one task of `rows` rows takes whole; 0: a task has rows of one head only.
 static int64_t heads_of_task(int64_t rows, int64_t seqlen_q) { return seqlen_q * 2 <= rows ? rows / seqlen_q : 0; }
@@ -172,7 +175,7 @@ static int64_t dbias_owners(const Problem& p) {
   return (sums_over(p, 0, p.batch) ? 1 : p.batch) * (sums_over(p, 1, p.nheads) ? 1 : p.nheads_k);
 }
 
-BackwardPlan make_backward_plan(const Problem& p, const Kernels& kernels, const BackwardKernel& kernel) {
+BackwardPlan make_backward_plan(const Problem& p, const Kernels& kernels, const BackwardKernel& kernel, int workers) {
   const BackwardKernel& any = *kernels.backward_any;
   BackwardPlan plan;
   plan.rows = round_up(std::clamp<int64_t>(p.max_seqlen_q, 1, kMaxRowsShared), kernel.group);
@@ -183,28 +186,46 @@ BackwardPlan make_backward_plan(const Problem& p, const Kernels& kernels, const 
       round_up(divide_up(p.max_seqlen_k, split ? wanted : 1), split ? kernel.block : std::max(kernel.panel, any.panel));
   plan.splits = std::max<int64_t>(1, divide_up(p.max_seqlen_k, std::max<int64_t>(plan.keys_per_split, 1)));
 
-  const int64_t d = round_up(p.headdim, kernels.width), dv = round_up(p.headdim_v, kernels.width);
-  const int64_t partial = plan.splits * p.group() * p.max_seqlen_q * d;
-  plan.heads_per_wave =
-      plan.splits == 1 ? heads : std::clamp<int64_t>(kPartialBytes / std::max<int64_t>(4 * partial, 1), 1, heads);
-  if (plan.splits > 1)
-    plan.workspace_shared = static_cast<int64_t>(Arena::padded<float>(plan.heads_per_wave * partial));
-
   const int64_t keys = plan.keys_per_split, rows = plan.rows;
   for (const BackwardKernel* x : {&kernel, &any}) {
     plan.key_bytes = std::max(plan.key_bytes, x->key_bytes(keys, p.headdim, p.headdim_v));
     plan.query_bytes = std::max(plan.query_bytes, x->query_bytes(rows, p.headdim, p.headdim_v));
     plan.scratch = std::max(plan.scratch, x->scratch);
   }
+  const int64_t d = round_up(p.headdim, kernels.width), dv = round_up(p.headdim_v, kernels.width);
   const auto bytes = [](int64_t n) { return static_cast<int64_t>(Arena::padded<char>(n)); };
   const auto floats = [](int64_t n) { return static_cast<int64_t>(Arena::padded<float>(n)); };
-  plan.workspace_per_worker = bytes(plan.key_bytes) + bytes(plan.query_bytes) + bytes(plan.scratch) + bytes(keys) +
-                              bytes(rows) + floats(keys * d) + floats(keys * dv) +
-                              floats(kernel.sum_rows ? keys * std::max(d, dv) : 0) + floats(rows * d) +
+  const int64_t split_bytes = bytes(plan.key_bytes) + bytes(keys) + floats(keys * d) + floats(keys * dv);
+  const bool turns = p.dbias.present() && dbias_sums(p);
+  plan.chained = plan.splits > 1 && (workers == 1 || dbias_owners(p) >= workers * kHeadsPerWorker);
+  plan.splits_at_once = turns && !plan.chained
+                            ? 1
+                            : std::clamp<int64_t>(kSplitsBytes / std::max<int64_t>(split_bytes, 1), 1, plan.splits);
+
+  const int64_t partial = (plan.chained ? 1 : plan.splits) * p.group() * p.max_seqlen_q * d;
+  plan.heads_per_wave =
+      plan.splits == 1 ? heads : std::clamp<int64_t>(kPartialBytes / std::max<int64_t>(4 * partial, 1), 1, heads);
+  if (plan.splits > 1)
+    plan.workspace_shared = static_cast<int64_t>(Arena::padded<float>(plan.heads_per_wave * partial));
+  plan.workspace_per_worker = plan.splits_at_once * split_bytes + bytes(plan.query_bytes) + bytes(plan.scratch) +
+                              bytes(rows) + floats(kernel.sum_rows ? keys * std::max(d, dv) : 0) + floats(rows * d) +
                               3 * floats(rows) +
                               static_cast<int64_t>(3 * Arena::padded<int64_t>(rows) + Arena::padded<const char*>(rows) +
                                                    Arena::padded<float*>(rows) + Arena::padded<DropoutRow>(rows));
   return plan;
+}
+
+std::vector<SplitRange> backward_ranges(const BackwardPlan& plan, int64_t heads, int workers) {
+  std::vector<SplitRange> ranges;
+  int64_t left = heads * plan.splits;
+  for (int64_t head = 0; head < heads; ++head)
+    for (int64_t first = 0; first < plan.splits;) {
+      const int64_t most = plan.chained ? plan.splits : std::min(plan.splits_at_once, plan.splits - first);
+      const int64_t n = plan.chained ? most : std::clamp<int64_t>(left / (2 * workers), 1, most);
+      ranges.push_back({head, first, first + n});
+      first += n, left -= n;
+    }
+  return ranges;
 }
 
 static std::string kib(int64_t bytes) { return std::to_string(bytes >> 10) + " KiB"; }

@@ -64,15 +64,25 @@ struct BackwardPlan {
   int64_t query_bytes = 0;  // of their packs, as of the next for either kernel
   int64_t splits = 1;
   int64_t keys_per_split = 0;  // whole panels of either kernel; whole blocks if there are several splits
-  int64_t key_bytes = 0;
-  int64_t scratch = 0;  // bytes
+  int64_t key_bytes = 0;       // of a split
+  int64_t scratch = 0;         // bytes
+  int64_t splits_at_once = 1;  // that a task takes up, for queries packed once
+  bool chained = false;        // a task has all splits of a head, and adds up one dq
   int64_t heads_per_wave = 0;
   int64_t workspace_shared = 0;      // bytes
   int64_t workspace_per_worker = 0;  // bytes
 };
 
 /// `kernel` is the one of the dtype; special rows take kernels.backward_any.
-BackwardPlan make_backward_plan(const Problem& problem, const Kernels& kernels, const BackwardKernel& kernel);
+BackwardPlan make_backward_plan(const Problem& problem, const Kernels& kernels, const BackwardKernel& kernel,
+                                int workers);
+
+/// Splits [first, last) of a head of a wave.
+struct SplitRange {
+  int64_t head, first, last;
+};
+/// The tasks of a wave of `heads`, in the order to start them: the more are left, the more splits has the next.
+std::vector<SplitRange> backward_ranges(const BackwardPlan& plan, int64_t heads, int workers);
 
 /// Whether elements of dbias are sums, of several sequences, heads or rows.
 bool dbias_sums(const Problem& problem);

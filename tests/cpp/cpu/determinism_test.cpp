@@ -13,10 +13,12 @@ struct Results {
   HostTensor out, lse, dq, dk, dv, dbias;
 };
 
-Results run_all(DType dtype, const Dims& d) {
+enum class Bias { of_every_row, of_all_rows };  // the gradient of the latter is a sum over tasks
+
+Results run_all(DType dtype, const Dims& d, Bias bias = Bias::of_all_rows) {
   AttentionCase c = AttentionCase::fixed(dtype, d);
   c.scores.causal = true;
-  c.bias = HostTensor::normal(dtype, {1, d.nheads, 1, d.seqlen_k}, 2);  // its gradient is a sum over tasks
+  c.bias = HostTensor::normal(dtype, {1, d.nheads, bias == Bias::of_all_rows ? 1 : d.seqlen_q, d.seqlen_k}, 2);
   c.dropout = {.p = 0.1, .seed = 3, .offset = 4};
   c.run.backend = "cpu";
   forward(c.forward_call());
@@ -39,7 +41,8 @@ class Determinism : public ::testing::Test {
     set_parallel_for({});
     set_num_threads(0);
   }
-  // Few heads and long keys: the backward splits keys and reduces partials. With few queries the forward does too.
+  // Few heads and long keys: the backward splits keys, and how many splits a task takes is up to the workers. With few
+  // queries the forward splits too.
   const Dims long_keys_{1, 200, 1100, 2, 1, 40, 40};
   const Dims few_queries_{1, 3, 5000, 2, 1, 40, 40};
   const Dims many_heads_{3, 130, 70, 12, 4, 64, 64};
@@ -48,15 +51,16 @@ class Determinism : public ::testing::Test {
 };
 
 TEST_F(Determinism, ThreadsDoNotMatter) {
-  for (const Dims& d : {long_keys_, few_queries_, many_heads_, long_queries_, in_place_}) {
-    set_num_threads(1);
-    const Results one = run_all(DType::bf16, d);
-    for (int n : {2, 3, 7}) {
-      set_num_threads(n);
-      ASSERT_EQ(num_threads(), n);
-      for (int repeat = 0; repeat < 3; ++repeat) expect_same(run_all(DType::bf16, d), one);
+  for (const Bias bias : {Bias::of_every_row, Bias::of_all_rows})
+    for (const Dims& d : {long_keys_, few_queries_, many_heads_, long_queries_, in_place_}) {
+      set_num_threads(1);
+      const Results one = run_all(DType::bf16, d, bias);
+      for (int n : {2, 3, 7}) {
+        set_num_threads(n);
+        ASSERT_EQ(num_threads(), n);
+        for (int repeat = 0; repeat < 3; ++repeat) expect_same(run_all(DType::bf16, d, bias), one);
+      }
     }
-  }
 }
 
 TEST_F(Determinism, HostThreadsDoNotMatter) {

@@ -128,7 +128,7 @@ TEST(Plan, WorkspaceIsLinearInSeqlen) {
   const auto bytes = [&](int64_t seqlen) {
     p.max_seqlen_q = p.max_seqlen_k = seqlen;
     const cpu::Plan f = cpu::make_plan(p, *k.attend_f32, k.width, 2);
-    const cpu::BackwardPlan b = cpu::make_backward_plan(p, k, *k.backward_f32);
+    const cpu::BackwardPlan b = cpu::make_backward_plan(p, k, *k.backward_f32, 1);
     return f.workspace_shared + f.workspace_per_worker + b.workspace_shared + b.workspace_per_worker;
   };
   EXPECT_LE(bytes(int64_t{1} << 20), 2.2 * static_cast<double>(bytes(int64_t{1} << 19)));
@@ -139,12 +139,35 @@ TEST(Plan, FewHeadsOfTheBackwardAreSplit) {
   Problem p;
   p.batch = 1, p.nheads = p.nheads_k = 1, p.headdim = p.headdim_v = 64;
   p.max_seqlen_q = p.max_seqlen_k = 4096;
-  const cpu::BackwardPlan one = cpu::make_backward_plan(p, k, *k.backward_f32);
+  const cpu::BackwardPlan one = cpu::make_backward_plan(p, k, *k.backward_f32, 1);
   EXPECT_GT(one.splits, 1);
   EXPECT_GE(one.splits * one.keys_per_split, p.max_seqlen_k);
   EXPECT_EQ(one.keys_per_split % k.backward_f32->block, 0);
   p.nheads = p.nheads_k = 64;
-  EXPECT_EQ(cpu::make_backward_plan(p, k, *k.backward_f32).splits, 1);
+  EXPECT_EQ(cpu::make_backward_plan(p, k, *k.backward_f32, 1).splits, 1);
+}
+
+/// Tasks of the backward take every split once, each head's in their order; the first take many, the last few.
+TEST(Plan, BackwardRangesCoverEverySplitOnce) {
+  const cpu::Kernels& k = *cpu::usable_kernels().front();
+  for (const int workers : {1, 2, 16})
+    for (const int64_t heads : {1, 2, 9, 64}) {
+      const Problem p = fixed(1, heads, heads, 4096, 4096, 64);
+      const cpu::BackwardPlan plan = cpu::make_backward_plan(p, k, *k.backward_f32, workers);
+      const std::vector<cpu::SplitRange> ranges = cpu::backward_ranges(plan, heads, workers);
+      std::vector<int64_t> next(static_cast<std::size_t>(heads));
+      for (const cpu::SplitRange& r : ranges) {
+        EXPECT_EQ(r.first, next.at(static_cast<std::size_t>(r.head)));
+        EXPECT_LT(r.first, r.last);
+        EXPECT_LE(r.last - r.first, plan.chained ? plan.splits : plan.splits_at_once);
+        next.at(static_cast<std::size_t>(r.head)) = r.last;
+      }
+      for (const int64_t splits : next) EXPECT_EQ(splits, plan.splits);
+      EXPECT_GE(static_cast<int64_t>(ranges.size()),
+                workers == 1 ? heads : std::min<int64_t>(4 * workers, heads * plan.splits));
+      EXPECT_LE(ranges.back().last - ranges.back().first, plan.chained ? plan.splits : 1);
+      EXPECT_EQ(plan.splits, cpu::make_backward_plan(p, k, *k.backward_f32, 1).splits);  // bits depend on it
+    }
 }
 
 /// Heads whose sums of dbias meet share an owner, no others do; tasks that take turns are made up for by splits.
@@ -165,11 +188,11 @@ TEST(Plan, OneOwnerForEachSumOfDbias) {
       const int64_t owners = batch * (nheads == 1 ? 1 : 4);
       EXPECT_EQ(static_cast<int64_t>(heads.size()), owners);
       for (const auto& [owner, count] : heads) EXPECT_EQ(count, 64 / owners);
-      EXPECT_GE(owners * cpu::make_backward_plan(p, k, *k.backward_f32).splits, 16);
+      EXPECT_GE(owners * cpu::make_backward_plan(p, k, *k.backward_f32, 1).splits, 16);
       p.dbias = {};
       EXPECT_NE(cpu::dbias_owner(p, 0, 0), cpu::dbias_owner(p, 1, 0));
       EXPECT_NE(cpu::dbias_owner(p, 0, 0), cpu::dbias_owner(p, 0, 1));
-      EXPECT_EQ(cpu::make_backward_plan(p, k, *k.backward_f32).splits, 1);
+      EXPECT_EQ(cpu::make_backward_plan(p, k, *k.backward_f32, 1).splits, 1);
     }
 }
 
