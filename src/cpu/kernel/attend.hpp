@@ -29,9 +29,12 @@ FLASH_ATTN_INLINE void softmax_group(const AttendTask& t, int64_t r0, int64_t ro
   float scale = 1.0f;
   for (int64_t r = 0; r < rows; ++r) scale = score_row(t, r0 + r, s + r * lds, first, n, partial);
   raise_maxima(s, lds, rows, n, scale, t.m + r0, base, row_scale);
-  for (int64_t r = 0; r < rows; ++r)
-    exponentials_kept<kDrops, kMost>(t.dropout, r0 + r, first, s + r * lds, n, scale, base[r], row_scale[r],
-                                     t.l + (r0 + r) * W, Overwrite{s + r * lds});
+  for (int64_t r = 0; r < rows; ++r) {
+    float* const row = s + r * lds;
+    exponentials_kept<kDrops, kMost>(t.dropout, r0 + r, first, row, n,
+                                     is_huge(base[r]) ? scale_row(row, n, scale) : scale, base[r], row_scale[r],
+                                     t.l + (r0 + r) * W, Overwrite{row});
+  }
 }
 
 /// Compiled twice, so that dropout costs nothing where there is none.

@@ -226,9 +226,10 @@ struct Tiles {
       }
       for (int64_t r = 0; r < now.rows; ++r) {
         if (r < after.rows) prefetch_bias(t.bias, after.r0 + r, 1, after.first, after.first + after.n);
-        exponentials_kept<kDrops, kTileBlock>(t.dropout, now.r0 + r, now.first, mine.s + r * lds, now.n, scale,
-                                              mine.base[r], mine.rescale[r], t.l + (now.r0 + r) * W,
-                                              InPlace{mine.s + r * lds, background});
+        float* const row = mine.s + r * lds;
+        exponentials_kept<kDrops, kTileBlock>(
+            t.dropout, now.r0 + r, now.first, row, now.n, is_huge(mine.base[r]) ? scale_row(row, now.n, scale) : scale,
+            mine.base[r], mine.rescale[r], t.l + (now.r0 + r) * W, InPlace{row, background});
       }
       background.finish();
       before = now, now = after;

@@ -22,10 +22,11 @@ FLASH_ATTN_INLINE void probability_row(float* s, float* u, int64_t n, float scal
   }
 }
 
-/// p is at most 1. Where a bias of -1e9 or less hides a whole row, s and lse have too few digits left to tell it.
+/// p is at most 1. Of huge scores lse has too few digits left to tell, and forward and backward may round products
+/// differently: those that may be the maximum count as it. A bias of -1e9 that hides a whole row makes such scores.
 FLASH_ATTN_INLINE void limit_row(float* s, int64_t n, float base) {
-  const vf most = all(base);
-  for (int64_t j = 0; j < n; j += W) store(s + j, load(s + j) > most ? most : load(s + j));
+  const vf most = all(base), least = all(is_huge(base) ? base - (base < 0 ? -base : base) * 0x1p-20f : base);
+  for (int64_t j = 0; j < n; j += W) store(s + j, load(s + j) > least ? most : load(s + j));
 }
 
 FLASH_ATTN_INLINE void multiply_row(float* x, const float* y, int64_t n) {
@@ -56,7 +57,8 @@ FLASH_ATTN_INLINE void gradient_row(const BackwardTask& t, int64_t r, float* s, 
   float scale = t.scale;
   if (capped) softcap_slope_row(s, slope, n, scale, t.softcap_log2), scale = 1.0f;
   scale = add_terms(t, r, s, first, n, scale);
-  if (t.bias.row) limit_row(s, n, base);
+  if (is_huge(base)) scale = scale_row(s, n, scale);
+  if (t.bias.row || is_huge(base)) limit_row(s, n, base);
   if (t.dropout.threshold == 0) {
     probability_row(s, u, n, scale, base, delta, [](int64_t, vf x) { return x; });
   } else {

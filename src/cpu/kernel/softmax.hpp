@@ -43,6 +43,17 @@ FLASH_ATTN_INLINE void raise_maxima(const float* s, int64_t lds, int64_t rows, i
   }
 }
 
+/// Beyond this, the rounding of a base is worth 1 and more: scale s - base, rounded once, may be far above 0.
+inline constexpr float kHugeScore = 0x1p24f;
+FLASH_ATTN_INLINE bool is_huge(float base) { return base >= kHugeScore || base <= -kHugeScore; }
+
+/// scale s over s [0, n), rounded by itself as maxima are: none is above the base then. Returns the scale left to
+/// apply.
+__attribute__((noinline)) inline float scale_row(float* s, int64_t n, float scale) {
+  for (int64_t j = 0; j < n; j += W) store(s + j, load(s + j) * scale);
+  return 1.0f;
+}
+
 /// p = 2^(scale s - base): emit(j, p, p') takes the two vectors from column j, emit(j, p) a last odd one.
 /// l = rescale l + sum p.
 template <class Emit>

@@ -174,6 +174,26 @@ TEST(Cpu, OneKeyHasAllTheWeight) {
   }
 }
 
+/// Scores so large that rounding one is more than 2^t bears: the largest of a row has all the weight, in both passes.
+TEST(Cpu, HugeScoresPickTheLargest) {
+  for (const DType dtype : {DType::f32, DType::bf16, DType::f16})
+    for (const int64_t seqlen_q : {3, 70})
+      for (const double scale : {-1e8, 1e9, 1e12, 1e30}) {
+        AttentionCase got = AttentionCase::fixed(dtype, {1, seqlen_q, 700, 2, 1, 64, 64});
+        got.scores.softmax_scale = scale;
+        const AttentionCase want = by_oracle(got);
+        const double eps = dtype == DType::f32 ? 0x1p-22 : dtype == DType::bf16 ? 0x1p-8 : 0x1p-11;
+        for (const cpu::Kernels* kernels : kernels_under_test()) {
+          SCOPED_TRACE(testing::Message() << kernels->name << " " << name_of(dtype) << " scale " << scale);
+          cpu::forward(make_problem(got.forward_call()), *kernels);
+          EXPECT_TRUE(close(got.out, want.out, eps, eps));
+          EXPECT_TRUE(close(got.lse, want.lse, 0.0, 1e-6));
+          cpu::backward(make_problem(got.backward_call()), *kernels);
+          EXPECT_TRUE(close(got.dv, want.dv, 4 * eps, eps));
+        }
+      }
+}
+
 /// Few queries, many keys: the keys are split among tasks and packed in chunks, and sums over splits are merged. With
 /// splits that some or all rows do not see, sequences shorter than a split, and inf and NaN in a split.
 TEST(Cpu, FewQueriesOfManyKeys) {
