@@ -2,6 +2,7 @@
 
 #include <optional>
 #include <string>
+#include <string_view>
 
 #include "dlpack.hpp"
 
@@ -34,7 +35,10 @@ Tensor convert(const dlpack::Tensor& from, nb::handle object, const char* name) 
   const std::optional<DType> dtype = dtype_of(from.dtype);
   if (!dtype) {
     throw Error(ErrorCode::type_mismatch, std::string(name) + ": expected a dtype of float16, bfloat16, float32, " +
-                                              "float64, int32 or int64, got " + dtype_name(object));
+                                              "float64, int32 or int64, got " + dtype_name(object) +
+                                              (from.dtype.code == dlpack::kBool && std::string_view(name) == "attn_bias"
+                                                   ? "; torch.where(mask, 0.0, -inf) is the bias of a mask"
+                                                   : ""));
   }
   Tensor to;
   to.data = static_cast<char*>(from.data) + from.byte_offset;
@@ -159,6 +163,13 @@ int64_t integer(nb::handle object, const char* name) {
     throw Error(ErrorCode::type_mismatch, std::string(name) + ": expected an integer, got " + class_name(object));
   }
   return integer(nb::steal(index), name);
+}
+
+int64_t length(nb::handle object, const char* name) {
+  const int64_t n = integer(object, name);
+  if (n < 0)
+    throw Error(ErrorCode::invalid_argument, std::string(name) + ": expected at least 0, got " + std::to_string(n));
+  return n;
 }
 
 }  // namespace flash_attn::python

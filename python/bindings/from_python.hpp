@@ -22,5 +22,7 @@ Tensor tensor(nb::handle object, const char* name, Owners& owners);
 // Whatever converts to a number: ints, floats, NumPy scalars, 0-dimensional tensors.
 double number(nb::handle object, const char* name);
 int64_t integer(nb::handle object, const char* name);
+/// An integer that is not negative.
+int64_t length(nb::handle object, const char* name);
 
 }  // namespace flash_attn::python

@@ -66,8 +66,8 @@ struct Options {
     Sequences& sequences = call.sequences;
     sequences.cu_seqlens_q = tensor(at(kCuSeqlensQ), "cu_seqlens_q", owners);
     sequences.cu_seqlens_k = tensor(at(kCuSeqlensK), "cu_seqlens_k", owners);
-    if (!at(kMaxSeqlenQ).is_none()) sequences.max_seqlen_q = integer(at(kMaxSeqlenQ), "max_seqlen_q");
-    if (!at(kMaxSeqlenK).is_none()) sequences.max_seqlen_k = integer(at(kMaxSeqlenK), "max_seqlen_k");
+    if (!at(kMaxSeqlenQ).is_none()) sequences.max_seqlen_q = length(at(kMaxSeqlenQ), "max_seqlen_q");
+    if (!at(kMaxSeqlenK).is_none()) sequences.max_seqlen_k = length(at(kMaxSeqlenK), "max_seqlen_k");
     sequences.seqused_k = tensor(at(kSequsedK), "seqused_k", owners);
     sequences.leftpad_k = tensor(at(kLeftpadK), "leftpad_k", owners);
     sequences.block_table = tensor(at(kBlockTable), "block_table", owners);

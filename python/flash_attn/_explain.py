@@ -53,7 +53,8 @@ def explain(
     backward: bool = False,
 ) -> Explanation:
     """The arguments of flash_attn_func, or of flash_attn_varlen_func; `backward`: of its gradient instead."""
-    left, right = window_size
+    _ops.check_tensors(q=q, k=k, v=v)
+    left, right = _ops.window(window_size)
     opts = options(
         softmax_scale, causal, left, right, softcap, alibi_slopes, attn_bias, learnable_sink, cu_seqlens_q,
         cu_seqlens_k, max_seqlen_q, max_seqlen_k, None, None, block_table, dropout_p, deterministic=deterministic,

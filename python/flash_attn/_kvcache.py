@@ -69,7 +69,7 @@ def _as_lengths(cache_seqlens, q: Tensor, cu_seqlens_q: Tensor | None) -> Tensor
         raise TypeError(f"cache_seqlens: expected an int or a torch.Tensor, got {type(cache_seqlens).__name__}")
     if not -(2**31) <= cache_seqlens < 2**31:
         raise ValueError(f"cache_seqlens: expected an integer of 32 bits, got {cache_seqlens}")
-    batch = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
+    batch = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.numel() - 1
     return torch.full((batch,), cache_seqlens, dtype=torch.int32, device=q.device)
 
 
@@ -127,12 +127,14 @@ def flash_attn_with_kvcache(
     ones included. A malformed call raises before anything is written; so do two sequences that would write one row.
     """
     _ops.check_tensors(q=q, k_cache=k_cache, v_cache=v_cache)
-    left, right = window_size
+    if cu_seqlens_q is not None:
+        _ops.check_tensors(cu_seqlens_q=cu_seqlens_q)
+    left, right = _ops.window(window_size)
     writes = k is not None or v is not None
     settings = (
         _as_lengths(cache_seqlens, q, cu_seqlens_q), cache_batch_idx, cache_leftpad, block_table, softmax_scale, causal,
-        left, right, softcap, rotary_interleaved, alibi_slopes, learnable_sink, attn_bias, cu_seqlens_q, max_seqlen_q,
-        cu_seqlens_k_new, rotary_positions,
+        left, right, softcap, bool(rotary_interleaved), alibi_slopes, learnable_sink, attn_bias, cu_seqlens_q,
+        max_seqlen_q, cu_seqlens_k_new, rotary_positions,
     )  # fmt: skip
     if _ops.is_plain(q, k_cache, v_cache):
         lse = _ops.empty_lse(q) if return_softmax_lse else None

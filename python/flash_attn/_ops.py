@@ -59,6 +59,15 @@ def default_scale(q: Tensor) -> float:
     return q.shape[-1] ** -0.5 if q.dim() and q.shape[-1] else 1.0
 
 
+def window(window_size) -> tuple:
+    """-> left, right."""
+    try:
+        left, right = window_size
+    except (TypeError, ValueError):
+        raise ValueError(f"window_size: expected two integers (left, right), got {window_size!r}") from None
+    return left, right
+
+
 def _empty_rng_state(q: Tensor) -> Tensor:
     return torch.empty((2,), dtype=torch.int64, device=q.device)
 

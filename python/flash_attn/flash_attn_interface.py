@@ -214,12 +214,12 @@ def _infer(
 ):  # fmt: skip
     """The short way. `sequences`: the seven options from cu_seqlens_q on (_options.py)."""
     if dropout_p != 0.0:
-        scores = (softmax_scale, causal, *window_size, softcap, alibi_slopes, attn_bias, learnable_sink)
+        scores = (softmax_scale, causal, *_ops.window(window_size), softcap, alibi_slopes, attn_bias, learnable_sink)
         results = _ops._run_forward(q, k, v, dropout_p, return_attn_probs, scores, sequences)
         return results[:3] if return_attn_probs else results[0]
     out = _ops.empty_out(q, v)
     lse = _ops.empty_lse(q) if return_attn_probs else None
-    left, right = window_size
+    left, right = _ops.window(window_size)
     _C.forward(
         q, k, v, out, lse,
         (

@@ -33,6 +33,8 @@ COMMON = {
     "negative right window": ({"window_size": (0, -7)}, ValueError, ["window_size[1]", "-7"]),
     "window of fractions": ({"window_size": (1.5, 0)}, TypeError, ["window_size[0]", "integer", "float"]),
     "window too large for 64 bits": ({"window_size": (0, 1 << 70)}, ValueError, ["window_size[1]", "64 bits"]),
+    "window is a number": ({"window_size": 3}, ValueError, ["window_size: ", "(left, right)", "3"]),
+    "window of three": ({"window_size": (1, 2, 3)}, ValueError, ["window_size: ", "(left, right)", "(1, 2, 3)"]),
     "softcap is NaN": ({"softcap": float("nan")}, ValueError, ["softcap", "nan"]),
     "softcap is a list": ({"softcap": [1.0]}, TypeError, ["softcap", "number", "list"]),
     "slopes of another dtype": ({"alibi_slopes": zeros(4, torch.float64)}, TypeError, ["alibi_slopes", "float64"]),
@@ -40,6 +42,7 @@ COMMON = {
     "slopes of three dimensions": ({"alibi_slopes": zeros((1, 2, 4))}, ValueError, ["alibi_slopes", "(1, 2, 4)"]),
     "slopes are a list": ({"alibi_slopes": [0.5] * 4}, TypeError, ["alibi_slopes", "tensor", "list"]),
     "sink of too many heads": ({"learnable_sink": zeros(5)}, ValueError, ["learnable_sink: ", "4", "5"]),
+    "bias is a mask": ({"attn_bias": zeros((2, 4, 8, 12), torch.bool)}, TypeError, ["attn_bias: ", "bool", "where"]),
     "bias of another shape": ({"attn_bias": zeros((3, 4, 8, 12))}, ValueError, ["attn_bias: ", "(3, 4, 8, 12)"]),
 }
 SEPARATE = {
@@ -85,6 +88,7 @@ SEQUENCES = {
     "batches differ": ({"cu_seqlens_k": cu(0, 5, 8, 12)}, ValueError, ["cu_seqlens_k", "3", "4"]),
     "max_seqlen too small": ({"max_seqlen_q": 5}, ValueError, ["max_seqlen_q", "5", "6"]),
     "max_seqlen of keys too small": ({"max_seqlen_k": 3}, ValueError, ["max_seqlen_k", "3", "7"]),
+    "max_seqlen is negative": ({"max_seqlen_q": -1}, ValueError, ["max_seqlen_q", "at least 0", "-1"]),
     "max_seqlen is a word": ({"max_seqlen_q": "x"}, TypeError, ["max_seqlen_q", "integer", "str"]),
 }
 VARLEN = {

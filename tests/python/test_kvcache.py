@@ -279,6 +279,7 @@ MALFORMED = {
         ["cache_seqlens: expected an int or a torch.Tensor, got str"],
     ),
     "lengths of another batch": ({"cache_seqlens": i32([0] * 2)}, ValueError, ["cache_seqlens", "3"]),
+    "cu_seqlens is a list": ({"cache_seqlens": 5, "cu_seqlens_q": [0, 1]}, TypeError, ["cu_seqlens_q", "list"]),
     "no room": ({"cache_seqlens": 74}, ValueError, ["cache_seqlens[0]: expected 0 <= entry", "73, got 74"]),
     "length beyond 32 bits": ({"cache_seqlens": 2**31}, ValueError, ["cache_seqlens", "32 bits", "2147483648"]),
     "negative length": ({"cache_seqlens": -1}, ValueError, ["cache_seqlens[0]", "-1"]),
