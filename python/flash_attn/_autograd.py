@@ -1,13 +1,15 @@
 """The autograd classes, one per public function, under upstream's names and with upstream's positional arguments.
 
 All six are `_attend` and `_differentiate` over views: the packed ones read strided slices of qkv (kv), and their
-gradients are written into strided slices of dqkv (dkv). softmax_lse is differentiable.
+gradients are written into strided slices of dqkv (dkv), or stacked where somebody traces: Inductor (torch 2.13) may
+forget where slices begin that an operator writes to. softmax_lse is differentiable, once.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from flash_attn import _ops
 from flash_attn._backend import current
@@ -29,7 +31,7 @@ def _attend(
     if needs_grad and block_table is not None:
         raise NotImplementedError("block_table: pages of keys and values are not differentiable")
 
-    left, right = window_size
+    left, right = _ops.window(window_size)
     scores = (softmax_scale, causal, left, right, softcap, alibi_slopes)
     plain = _ops.is_plain(q, k, v)
     if plain:
@@ -40,7 +42,8 @@ def _attend(
     else:
         scale = _ops.default_scale(q) if softmax_scale is None else softmax_scale
         scores = (scale, *scores[1:])
-        extensions = {"attn_bias": attn_bias, "learnable_sink": learnable_sink}
+        rng_state = _ops.draw_rng_state(q) if dropout_p > 0 else None
+        extensions = {"attn_bias": attn_bias, "learnable_sink": learnable_sink, "rng_state": rng_state}
         if varlen is None:
             out, lse, S_dmask, rng_state = _flash_attn_ops._flash_attn_forward(
                 q, k, v, dropout_p, *scores, return_softmax, **extensions
@@ -57,6 +60,8 @@ def _attend(
         )
         ctx.settings = (dropout_p, *scores[:5], deterministic, max_seqlen_q, max_seqlen_k)
         ctx.backend = current() if plain else None
+        if return_softmax:
+            ctx.mark_non_differentiable(S_dmask)
     return (out, lse, S_dmask) if return_softmax else out
 
 
@@ -70,7 +75,7 @@ def _differentiate(ctx, saved: tuple, dout: Tensor, dlse: Tensor | None, dq: Ten
     scores = (*scores, alibi_slopes, bias, sink)
     sequences = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     dropout = (dropout_p, rng_state, deterministic)
-    if _ops.is_plain(q, k, v) and type(dout) is Tensor:
+    if _is_plain(saved, dout):
         _ops._run_backward(tensors, scores, (*sequences, None, None, None), *dropout, ctx.backend)
     else:
         _flash_attn_ops._flash_attn_gradients(*tensors, *scores, *sequences, *dropout)
@@ -85,24 +90,25 @@ def _dlse(grads: tuple) -> Tensor | None:
     return grads[0] if grads else None
 
 
-def _separate_gradients(ctx, dout, grads):
-    saved = ctx.saved_tensors
+def _is_plain(saved: tuple, dout: Tensor) -> bool:
+    return _ops.is_plain(*saved[:3]) and type(dout) is Tensor
+
+
+def _separate_gradients(ctx, saved, dout, grads):
+    """-> dq, dk, dv, dsink, dbias."""
     dq, dk, dv = (torch.empty_like(x) for x in saved[:3])
     return dq, dk, dv, *_differentiate(ctx, saved, dout, _dlse(grads), dq, dk, dv)
 
 
-def _kvpacked_gradients(ctx, dout, grads):
-    saved = ctx.saved_tensors
-    q, k = saved[:2]
-    dq, dkv = torch.empty_like(q), k.new_empty((*k.shape[:-2], 2, *k.shape[-2:]))
-    return dq, dkv, *_differentiate(ctx, saved, dout, _dlse(grads), dq, *dkv.unbind(-3))
-
-
-def _qkvpacked_gradients(ctx, dout, grads):
-    saved = ctx.saved_tensors
-    q = saved[0]
-    dqkv = q.new_empty((*q.shape[:-2], 3, *q.shape[-2:]))
-    return dqkv, *_differentiate(ctx, saved, dout, _dlse(grads), *dqkv.unbind(-3))
+def _packed_gradients(ctx, saved, dout, grads, first: int):
+    """The same with one tensor (..., 3 - first, nheads, headdim) for q, k and v from `first` on."""
+    if not _is_plain(saved, dout):
+        *each, dsink, dbias = _separate_gradients(ctx, saved, dout, grads)
+        return *each[:first], torch.stack(each[first:], -3), dsink, dbias
+    x = saved[first]
+    packed = x.new_empty((*x.shape[:-2], 3 - first, *x.shape[-2:]))
+    alone = [torch.empty_like(y) for y in saved[:first]]
+    return *alone, packed, *_differentiate(ctx, saved, dout, _dlse(grads), *alone, *packed.unbind(-3))
 
 
 class FlashAttnFunc(torch.autograd.Function):
@@ -117,8 +123,9 @@ class FlashAttnFunc(torch.autograd.Function):
         )  # fmt: skip
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dout, *grads):
-        dq, dk, dv, dsink, dbias = _separate_gradients(ctx, dout, grads)
+        dq, dk, dv, dsink, dbias = _separate_gradients(ctx, ctx.saved_tensors, dout, grads)
         return dq, dk, dv, *(None,) * 9, dsink, dbias
 
 
@@ -134,8 +141,9 @@ class FlashAttnKVPackedFunc(torch.autograd.Function):
         )  # fmt: skip
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dout, *grads):
-        dq, dkv, dsink, dbias = _kvpacked_gradients(ctx, dout, grads)
+        dq, dkv, dsink, dbias = _packed_gradients(ctx, ctx.saved_tensors, dout, grads, 1)
         return dq, dkv, *(None,) * 9, dsink, dbias
 
 
@@ -151,8 +159,9 @@ class FlashAttnQKVPackedFunc(torch.autograd.Function):
         )  # fmt: skip
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dout, *grads):
-        dqkv, dsink, dbias = _qkvpacked_gradients(ctx, dout, grads)
+        dqkv, dsink, dbias = _packed_gradients(ctx, ctx.saved_tensors, dout, grads, 0)
         return dqkv, *(None,) * 9, dsink, dbias
 
 
@@ -170,8 +179,9 @@ class FlashAttnVarlenFunc(torch.autograd.Function):
         )  # fmt: skip
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dout, *grads):
-        dq, dk, dv, dsink, dbias = _separate_gradients(ctx, dout, grads)
+        dq, dk, dv, dsink, dbias = _separate_gradients(ctx, ctx.saved_tensors, dout, grads)
         return dq, dk, dv, *(None,) * 14, dsink, dbias
 
 
@@ -189,8 +199,9 @@ class FlashAttnVarlenKVPackedFunc(torch.autograd.Function):
         )  # fmt: skip
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dout, *grads):
-        dq, dkv, dsink, dbias = _kvpacked_gradients(ctx, dout, grads)
+        dq, dkv, dsink, dbias = _packed_gradients(ctx, ctx.saved_tensors, dout, grads, 1)
         return dq, dkv, *(None,) * 13, dsink, dbias
 
 
@@ -207,6 +218,7 @@ class FlashAttnVarlenQKVPackedFunc(torch.autograd.Function):
         )  # fmt: skip
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dout, *grads):
-        dqkv, dsink, dbias = _qkvpacked_gradients(ctx, dout, grads)
+        dqkv, dsink, dbias = _packed_gradients(ctx, ctx.saved_tensors, dout, grads, 0)
         return dqkv, *(None,) * 11, dsink, dbias

@@ -2,13 +2,16 @@
 
 Their schemas are upstream's; what the forward can do beyond them comes last. The gradients of our functions have an
 operator of their own, flash_attn::_flash_attn_gradients. Eager calls on plain tensors go straight to the compiled core,
-calls that somebody traces (torch.compile, export, fake tensors, functorch) go through the dispatcher.
+calls that somebody traces (torch.compile, export, fake tensors) go through the dispatcher.
 """
 
 from __future__ import annotations
 
+import numbers
+
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from flash_attn import _C
 from flash_attn._options import options
@@ -32,6 +35,7 @@ def is_plain(q: Tensor, k: Tensor, v: Tensor) -> bool:
         and not _dispatch_modes()
         and not _functorch_active()
         and _tracing_state() is None
+        and forward_ad._current_level < 0
     )
 
 
@@ -68,8 +72,9 @@ def window(window_size) -> tuple:
     return left, right
 
 
-def _empty_rng_state(q: Tensor) -> Tensor:
-    return torch.empty((2,), dtype=torch.int64, device=q.device)
+def draw_rng_state(q: Tensor) -> Tensor:
+    """(seed, offset) of a dropout mask, from torch's generator of the device: torch.manual_seed repeats it."""
+    return torch.randint(2**63 - 1, (2,), dtype=torch.int64, device=q.device)
 
 
 def _seed_and_offset(dropout_p: float, rng_state: Tensor | None) -> tuple[int, int]:
@@ -81,12 +86,15 @@ def _seed_and_offset(dropout_p: float, rng_state: Tensor | None) -> tuple[int, i
     return seed, offset
 
 
-def _run_forward(q, k, v, dropout_p, return_softmax, scores, sequences):
+def _run_forward(q, k, v, dropout_p, return_softmax, scores, sequences, rng_state=None):
     """-> out, softmax_lse, S_dmask, rng_state."""
-    if not isinstance(dropout_p, (int, float)):
+    if not isinstance(dropout_p, numbers.Real):
         raise TypeError(f"dropout_p: expected a number, got {type(dropout_p).__name__}")
-    # (seed, offset), drawn from torch's generator of the device: torch.manual_seed repeats the mask.
-    rng_state = _empty_rng_state(q).random_() if dropout_p > 0 else _empty_rng_state(q).zero_()
+    dropout_p = float(dropout_p)
+    if rng_state is None:
+        rng_state = draw_rng_state(q) if dropout_p > 0 else torch.zeros((2,), dtype=torch.int64, device=q.device)
+    else:
+        rng_state = rng_state.clone()
     seed, offset = _seed_and_offset(dropout_p, rng_state)
     out, lse = empty_out(q, v), empty_lse(q)
     _C.forward(q, k, v, out, lse, options(*scores, *sequences, dropout_p, seed, offset))
@@ -104,10 +112,14 @@ def _run_backward(tensors, scores, sequences, dropout_p, rng_state, deterministi
 def _fake_forward(q, v, dropout_p, return_softmax, batch, max_seqlen_q, max_seqlen_k):
     with_mask = return_softmax and dropout_p > 0
     mask = empty_s_dmask(q, batch, q.shape[-2], max_seqlen_q, max_seqlen_k) if with_mask else q.new_empty((0,))
-    return empty_out(q, v), empty_lse(q), mask, _empty_rng_state(q)
+    return empty_out(q, v), empty_lse(q), mask, torch.empty((2,), dtype=torch.int64, device=q.device)
 
 
-_FORWARD_TAIL = "Tensor? attn_bias=None, Tensor? learnable_sink=None) -> (Tensor, Tensor, Tensor, Tensor)"
+# rng_state: of the mask, instead of one that the operator draws. In a traced graph the draw is then an operator that
+# compilers know as random: two calls are not merged into one, and recomputing one repeats its mask.
+_FORWARD_TAIL = (
+    "Tensor? attn_bias=None, Tensor? learnable_sink=None, Tensor? rng_state=None) -> (Tensor, Tensor, Tensor, Tensor)"
+)
 
 
 @torch.library.custom_op(
@@ -118,17 +130,17 @@ _FORWARD_TAIL = "Tensor? attn_bias=None, Tensor? learnable_sink=None) -> (Tensor
 )
 def _forward_op(
     q, k, v, dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes,
-    return_softmax, attn_bias=None, learnable_sink=None,
+    return_softmax, attn_bias=None, learnable_sink=None, rng_state=None,
 ):  # fmt: skip
     window = (window_size_left, window_size_right)
     scores = (softmax_scale, causal, *window, softcap, alibi_slopes, attn_bias, learnable_sink)
-    return _run_forward(q, k, v, dropout_p, return_softmax, scores, (None,) * 7)
+    return _run_forward(q, k, v, dropout_p, return_softmax, scores, (None,) * 7, rng_state)
 
 
 @_forward_op.register_fake
 def _(
     q, k, v, dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes,
-    return_softmax, attn_bias=None, learnable_sink=None,
+    return_softmax, attn_bias=None, learnable_sink=None, rng_state=None,
 ):  # fmt: skip
     return _fake_forward(q, v, dropout_p, return_softmax, q.shape[0], q.shape[1], k.shape[1])
 
@@ -146,12 +158,13 @@ def _varlen_forward_op(
     q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal,
     window_size_left=-1, window_size_right=-1, softcap=0.0, alibi_slopes=None, return_softmax=False, block_table=None,
     leftpad_k=None, seqused_k=None, zero_tensors=False, num_splits=0, attn_bias=None, learnable_sink=None,
+    rng_state=None,
 ):  # fmt: skip
     # zero_tensors and num_splits say how to compute, not what: rows of no sequence are always zero here.
     window = (window_size_left, window_size_right)
     scores = (softmax_scale, causal, *window, softcap, alibi_slopes, attn_bias, learnable_sink)
     sequences = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k, leftpad_k, block_table)
-    return _run_forward(q, k, v, dropout_p, return_softmax, scores, sequences)
+    return _run_forward(q, k, v, dropout_p, return_softmax, scores, sequences, rng_state)
 
 
 @_varlen_forward_op.register_fake
@@ -159,6 +172,7 @@ def _(
     q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal,
     window_size_left=-1, window_size_right=-1, softcap=0.0, alibi_slopes=None, return_softmax=False, block_table=None,
     leftpad_k=None, seqused_k=None, zero_tensors=False, num_splits=0, attn_bias=None, learnable_sink=None,
+    rng_state=None,
 ):  # fmt: skip
     return _fake_forward(q, v, dropout_p, return_softmax, cu_seqlens_q.numel() - 1, max_seqlen_q, max_seqlen_k)
 

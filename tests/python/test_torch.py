@@ -263,9 +263,61 @@ def test_window_of_tensors():
 
 def test_second_derivatives_are_refused():
     q, k, v = fixed_inputs(requires_grad=True)
-    (g,) = torch.autograd.grad(flash_attn.flash_attn_func(q, k, v).sum(), q, create_graph=True)
-    with pytest.raises(RuntimeError):
-        torch.autograd.grad(g.sum(), q)
+    (g,) = torch.autograd.grad(flash_attn.flash_attn_func(q, k, v).square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        (g.norm() + q.norm()).backward()  # q.norm() alone could be differentiated
+
+
+def test_forward_mode_is_refused():
+    q, k, v = fixed_inputs()
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(q, torch.ones_like(q))
+        with pytest.raises(RuntimeError, match="forward mode AD"):
+            flash_attn.flash_attn_func(dual, k, v)
+
+
+def dropped_probabilities(q):
+    """out is the dropped matrix of probabilities itself: v is the identity."""
+    v = torch.eye(q.shape[1])[None, :, None].expand(*q.shape[:3], -1)
+    return flash_attn.flash_attn_func(q, q, v, 0.5)
+
+
+def test_compiled_calls_have_masks_of_their_own():
+    torch.compiler.reset()
+    compiled = torch.compile(lambda q: dropped_probabilities(q) - dropped_probabilities(q), backend="aot_eager")
+    q = torch.randn(1, 20, 2, 8, requires_grad=True)
+    assert (compiled(q) != 0).any()
+
+
+@pytest.mark.parametrize("compiler", [lambda f: f, lambda f: torch.compile(f, fullgraph=True, backend="aot_eager")])
+def test_checkpoints_repeat_the_mask(compiler):
+    torch.compiler.reset()
+    q = torch.randn(1, 20, 2, 8)
+    v = torch.eye(20)[None, :, None].repeat(1, 1, 2, 1).requires_grad_()
+
+    def step(q, v):
+        return torch.utils.checkpoint.checkpoint(
+            lambda q, v: flash_attn.flash_attn_func(q, q, v, 0.5), q, v, use_reentrant=False
+        )
+
+    p = compiler(step)(q, v)
+    dout = torch.randn_like(p)
+    (dv,) = torch.autograd.grad(p, v, dout)
+    torch.testing.assert_close(dv, torch.einsum("bihj,bihd->bjhd", p.detach(), dout))
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if "packed" in n])
+def test_packed_gradients_of_any_shape_in_inductor(name):
+    """With sizes that the compiler does not know, Inductor forgets where slices begin that an operator writes to."""
+    torch.compiler.reset()
+    inputs, call = packing(name)
+
+    def gradients(call):
+        xs = [x.clone().requires_grad_() for x in inputs]
+        return torch.autograd.grad(call(*xs).square().sum(), xs)
+
+    for got, want in zip(gradients(torch.compile(call, dynamic=True)), gradients(call), strict=True):
+        assert torch.equal(got, want)
 
 
 def test_compiles_with_the_dropout_mask():
@@ -275,3 +327,5 @@ def test_compiles_with_the_dropout_mask():
     torch.compiler.reset()
     out, _, S = torch.compile(step, fullgraph=True, backend="aot_eager")(*fixed_inputs())
     assert S.shape == (2, 4, 128, 128) and (S < 0).any() and out.shape == (2, 9, 4, 16)
+    out, _, S = flash_attn.flash_attn_func(*fixed_inputs(requires_grad=True), 0.5, return_attn_probs=True)
+    assert out.requires_grad and not S.requires_grad
