@@ -247,9 +247,9 @@ std::string describe(const Plan& plan, const Kernels& k, const AttendKernel& ker
 std::string describe(const BackwardPlan& plan, const Kernels& k, const BackwardKernel& kernel) {
   return std::string("isa ") + k.name + ", products in " + kernel.name + ", score tiles of " +
          std::to_string(kernel.group) + " rows x " + std::to_string(kernel.block) + " keys, " +
-         std::to_string(plan.splits) + " key splits of " + std::to_string(plan.keys_per_split) +
-         " keys a head, waves of " + std::to_string(plan.heads_per_wave) + " heads, workspace " +
-         kib(plan.workspace_shared) + " + " + kib(plan.workspace_per_worker) + " a worker";
+         std::to_string(plan.splits) + " key splits of " + std::to_string(plan.keys_per_split) + " keys a head, " +
+         std::to_string(plan.splits_at_once) + " at once, waves of " + std::to_string(plan.heads_per_wave) +
+         " heads, workspace " + kib(plan.workspace_shared) + " + " + kib(plan.workspace_per_worker) + " a worker";
 }
 
 }  // namespace flash_attn::cpu
