@@ -142,7 +142,7 @@ void Rows::attend(const Forward& f, const SoftmaxSums& sums, const Pack& keys) {
 /// One more logit in the denominator: 1 / (l + e^sink) = 1 / l / (1 + e^(sink - lse)).
 static void add_sink(double sink, float& factor, float& lse) {
   if (sink == -INFINITY) return;
-  const double top = std::max<double>(lse, sink), bottom = std::min<double>(lse, sink);
+  const double top = lse > sink ? lse : sink, bottom = lse > sink ? sink : lse;  // a NaN stays
   const double with_sink = top + std::log1p(std::exp(bottom - top));
   factor *= static_cast<float>(std::exp(lse - with_sink));
   lse = static_cast<float>(with_sink);

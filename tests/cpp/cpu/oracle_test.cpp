@@ -156,6 +156,20 @@ TEST(Cpu, InfAndNanInEachOperand) {
   }
 }
 
+TEST(Cpu, NanSinkReachesItsHead) {
+  AttentionCase got = AttentionCase::fixed(DType::f32, {1, 5, 7, 2, 1, 3, 3});
+  got.sink = HostTensor::full(DType::f32, {2}, 0.5);
+  got.sink.put(NAN, 1);
+  const AttentionCase want = by_oracle(got);
+  for (const cpu::Kernels* kernels : kernels_under_test()) {
+    SCOPED_TRACE(kernels->name);
+    cpu::forward(make_problem(got.forward_call()), *kernels);
+    EXPECT_TRUE(close(got.out, want.out, 1e-6));
+    EXPECT_TRUE(close(got.lse, want.lse, 1e-5));
+    EXPECT_TRUE(std::isnan(got.out.at(0, 0, 1, 0)) && !std::isnan(got.out.at(0, 0, 0, 0)));
+  }
+}
+
 /// The only score of a row is its maximum, and by the rounding of scale * score often just below it: p is 1, not the
 /// largest error of 2^t below 1, and lse the score to the last digit.
 TEST(Cpu, OneKeyHasAllTheWeight) {
