@@ -2,6 +2,8 @@
 //
 // Readers take a snapshot of the list: a call never waits for another, and a backend may itself call the registry.
 // Whoever unregisters a backend sees to it that no call is using it.
+#include <pthread.h>
+
 #include <cstdlib>
 #include <mutex>
 #include <utility>
@@ -51,6 +53,9 @@ class Registry {
   Registry() {
     add(make_cpu_backend());
     add(make_reference_backend());
+    // A child must not find the mutex held by a thread that it does not have.
+    pthread_atfork([] { instance().mutex_.lock(); }, [] { instance().mutex_.unlock(); },
+                   [] { instance().mutex_.unlock(); });
   }
 
   std::mutex mutex_;

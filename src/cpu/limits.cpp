@@ -4,7 +4,9 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <charconv>
 #include <cstdlib>
+#include <cstring>
 #include <filesystem>
 #include <fstream>
 #include <sstream>
@@ -21,9 +23,14 @@ std::string first_line(const fs::path& path) {
   return line;
 }
 
+/// The number, or the first of a list, as OpenMP takes one.
 int positive_variable(const char* name) {
-  const char* value = std::getenv(name);
-  return value ? std::max(0, std::atoi(value)) : 0;
+  const char* const value = std::getenv(name);
+  if (!value) return 0;
+  const char* const end = value + std::strlen(value);
+  int n = 0;
+  const auto [stop, error] = std::from_chars(value, end, n);
+  return error == std::errc() && (stop == end || *stop == ',') && n > 0 ? n : 0;
 }
 
 /// CPUs granted by "quota period" (cgroup v2's cpu.max, or v1's two files); 0 if unlimited.
@@ -69,7 +76,8 @@ ThreadLimits thread_limits() {
   limits.online = static_cast<int>(sysconf(_SC_NPROCESSORS_ONLN));
   cpu_set_t set;
   CPU_ZERO(&set);
-  limits.affinity = sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set) : limits.online;
+  // Of the process, not of the thread that happens to ask first: a host may have pinned that one.
+  limits.affinity = sched_getaffinity(getpid(), sizeof set, &set) == 0 ? CPU_COUNT(&set) : limits.online;
   limits.quota = cgroup_quota();
   limits.requested = positive_variable("FLASH_ATTENTION_NUM_THREADS");
   limits.omp = positive_variable("OMP_NUM_THREADS");

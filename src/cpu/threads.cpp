@@ -13,10 +13,12 @@
 #include <exception>
 #include <memory>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <vector>
 
 #include "cpu/limits.hpp"
+#include "flash_attn/error.hpp"
 #include "flash_attn/flash_attn.hpp"
 
 namespace flash_attn {
@@ -46,8 +48,13 @@ struct Job {
 
 class Pool {
  public:
-  explicit Pool(int threads) : pid_(getpid()) {
-    for (int w = 1; w < threads; ++w) workers_.emplace_back([this, w] { live(w); });
+  /// With fewer workers, if the system gives no more: jobs are done all the same.
+  explicit Pool(int threads) : pid_(getpid()), threads_(threads) {
+    workers_.reserve(static_cast<std::size_t>(threads));
+    try {
+      for (int w = 1; w < threads; ++w) workers_.emplace_back([this, w] { live(w); });
+    } catch (const std::system_error&) {
+    }
   }
   ~Pool() {
     if (getpid() != pid_) {  // a child has no workers to join
@@ -62,7 +69,7 @@ class Pool {
     wake_.notify_all();
     for (auto& t : workers_) t.join();
   }
-  int threads() const { return static_cast<int>(workers_.size()) + 1; }
+  int threads() const { return threads_; }
   bool of_this_process() const { return getpid() == pid_; }
 
   void run(Job& job) {
@@ -113,6 +120,7 @@ class Pool {
   }
 
   const pid_t pid_;
+  const int threads_;  // asked for, the caller among them
   std::vector<std::thread> workers_;
   std::mutex mutex_;
   std::condition_variable wake_;
@@ -174,6 +182,8 @@ void parallel_for(int64_t n, int threads, const std::function<void(int64_t, int)
   job.n = n;
   if (const auto host = std::atomic_load(&s.host)) {
     (*host)(std::min<int64_t>(n, threads), [&](int64_t worker) { job.work(static_cast<int>(worker)); });
+    if (job.ticket.load() < n && !job.failed.load())
+      throw Error(ErrorCode::internal, "set_parallel_for: the host's function returned before all tasks had run");
   } else {
     if (!s.pool || s.pool->threads() != threads) s.pool.reset(), s.pool = std::make_unique<Pool>(threads);
     s.pool->run(job);

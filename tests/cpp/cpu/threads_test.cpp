@@ -43,6 +43,14 @@ TEST(Threads, TheFirstExceptionArrivesAndThePoolGoesOn) {
   set_num_threads(0);
 }
 
+TEST(Threads, AHostThatRunsNothingIsAnError) {
+  set_num_threads(3);
+  set_parallel_for([](int64_t, const std::function<void(int64_t)>&) {});
+  EXPECT_THROW(cpu::parallel_for(50, 3, [](int64_t, int) {}), Error);
+  set_parallel_for({});
+  set_num_threads(0);
+}
+
 #if !defined(__SANITIZE_THREAD__)
 TEST(Threads, AForkedChildHasThreadsOfItsOwn) {
   set_num_threads(3);
