@@ -306,6 +306,9 @@ def test_checkpoints_repeat_the_mask(compiler):
     torch.testing.assert_close(dv, torch.einsum("bihj,bihd->bjhd", p.detach(), dout))
 
 
+@pytest.mark.skipif(
+    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11), reason="Inductor of torch 2.4 merges dk and dv"
+)
 @pytest.mark.parametrize("name", [n for n in NAMES if "packed" in n])
 def test_packed_gradients_of_any_shape_in_inductor(name):
     """With sizes that the compiler does not know, Inductor forgets where slices begin that an operator writes to."""
