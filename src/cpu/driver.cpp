@@ -43,6 +43,15 @@ RowList bias_rows(const ScorePipeline& s, const char* const* rows, int64_t n, in
   return {rows, n, s.bias_shape[3] - first_key, s.bias.stride_col, s.bias.dtype};
 }
 
+void move_origin(const ScorePipeline& scores, int64_t step, int64_t n, int64_t* lo, int64_t* hi, int64_t* position,
+                 const char** bias) {
+  const int64_t bias_step = step * scores.bias.stride_col * static_cast<int64_t>(size_of(scores.bias.dtype));
+  for (int64_t r = 0; step != 0 && r < n; ++r) {
+    lo[r] -= step, hi[r] -= step, position[r] -= step;
+    if (scores.bias.present()) bias[r] += bias_step;
+  }
+}
+
 const AttendKernel& attend_kernel(const Kernels& k, const Problem& p) {
   const bool few_rows = p.max_seqlen_q * p.group() <= kInPlaceRows && p.max_seqlen_k >= kInPlaceKeys;
   const bool whole_pairs = p.headdim % (2 * k.width) == 0 && p.headdim_v % (2 * k.width) == 0;

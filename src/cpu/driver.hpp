@@ -32,6 +32,11 @@ DropoutTask dropout_task(const Dropout& dropout, const DropoutRow* rows, int64_t
 /// The bias of a task whose rows begin at `rows`, for that key. Absent: no rows.
 RowList bias_rows(const ScorePipeline& scores, const char* const* rows, int64_t n, int64_t first_key);
 
+/// Counts keys from `step` keys further on: what n rows see, where they stand, and where their bias begins if they have
+/// one.
+void move_origin(const ScorePipeline& scores, int64_t step, int64_t n, int64_t* lo, int64_t* hi, int64_t* position,
+                 const char** bias);
+
 /// The kernels for a problem: by its dtype, and where few rows make packing a waste, the one that reads keys in place.
 const AttendKernel& attend_kernel(const Kernels& kernels, const Problem& problem);
 const BackwardKernel& backward_kernel(const Kernels& kernels, DType dtype);

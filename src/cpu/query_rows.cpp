@@ -43,16 +43,11 @@ void QueryRows::find(const Backward& f, const Sequence& sequence, int64_t b, int
 
 bool QueryRows::see(int64_t begin, int64_t end) const { return seen_.lo < end && begin < seen_.hi; }
 
-void QueryRows::move_origin(const Backward& f, int64_t to) {
-  const int64_t step = to - origin_, rows = last_ - first_;
-  if (step == 0) return;
-  origin_ = to;
-  for (int64_t* const x : {lo_, hi_, position_})
-    for (int64_t r = 0; r < rows; ++r) x[r] -= step;
-  const Operand &bias = f.p.scores.bias, &dbias = f.p.dbias;
-  for (int64_t r = 0; bias.present() && r < rows; ++r)
-    bias_[r] += step * bias.stride_col * static_cast<int64_t>(size_of(bias.dtype));
-  for (int64_t r = 0; dbias.present() && r < rows; ++r) dbias_[r] += step * dbias.stride_col;
+void QueryRows::count_from(const Backward& f, int64_t key) {
+  const int64_t step = key - origin_, rows = last_ - first_;
+  move_origin(f.p.scores, step, rows, lo_, hi_, position_, bias_);
+  for (int64_t r = 0; f.p.dbias.present() && r < rows; ++r) dbias_[r] += step * f.p.dbias.stride_col;
+  origin_ = key;
 }
 
 static RowList rows_of(const Operand& x, const Sequence& s, int64_t head, int64_t first, int64_t n, int64_t cols,
@@ -96,7 +91,7 @@ BackwardTask QueryRows::task(const Backward& f, int64_t begin) {
   const Problem& p = f.p;
   const ScoreScale scale = score_scale(p.scores);
   const int64_t rows = last_ - first_;
-  move_origin(f, begin);
+  count_from(f, begin);
   zeros(f);
   return {
       .rows = rows,
@@ -129,7 +124,7 @@ BackwardTask QueryRows::task(const Backward& f, int64_t begin) {
 }
 
 void QueryRows::clear_unseen_dbias(const Backward& f, int64_t begin, int64_t end) {
-  move_origin(f, begin);
+  count_from(f, begin);
   const int64_t keys = end - begin;
   Operand x = f.p.dbias;
   for (int64_t r = 0; r < last_ - first_; ++r) {

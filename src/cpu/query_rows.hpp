@@ -40,7 +40,7 @@ class QueryRows {
   double sink_gradient(const Backward& f) const;
 
  private:
-  void move_origin(const Backward& f, int64_t to);
+  void count_from(const Backward& f, int64_t key);
 
   Sequence sequence_{};
   int64_t head_ = 0, first_ = 0, last_ = 0;

@@ -101,14 +101,8 @@ bool Rows::start(const Forward& f, const SoftmaxSums& sums) {
 
 AttendTask Rows::task(const Forward& f, const SoftmaxSums& sums, int64_t begin, int64_t keys) {
   const ScoreScale scale = score_scale(f.p.scores);
-  const int64_t shift = origin_ - begin;
+  move_origin(f.p.scores, begin - origin_, range_.rows, lo_, hi_, position_, bias_);
   origin_ = begin;
-  const Operand& bias = f.p.scores.bias;
-  const int64_t bias_shift = shift * bias.stride_col * static_cast<int64_t>(size_of(bias.dtype));
-  for (int64_t r = 0; shift != 0 && r < range_.rows; ++r) {
-    lo_[r] += shift, hi_[r] += shift, position_[r] += shift;
-    if (bias.present()) bias_[r] -= bias_shift;
-  }
   return {
       .rows = range_.rows,
       .headdim = f.p.headdim,
