@@ -253,7 +253,8 @@ NB_MODULE(_C, m) {
   m.def("group_fields", &group_fields);
   m.def("backends", &py_backends);
   m.def("feature_names", &feature_names);
-  m.def("unregister_backend", &unregister_backend, nb::arg("name"));
+  m.def(
+      "unregister_backend", [](const std::string& name) { unregister_backend(name); }, nb::arg("name"));
   m.def("workspace_works", &workspace_works, nb::arg("q"), nb::arg("bytes"));
   m.def("version", &version);
   m.def("cpu_isa", &cpu_isa);

@@ -43,8 +43,7 @@ def attention(inputs, sequences, scores, dropout_p, deterministic, return_attn_p
 def _eager(inputs, sequences, scores, dropout_p, deterministic, return_attn_probs):
     if _grad_enabled() and _needs_grad(inputs, scores):
         settings = (len(inputs), True, dropout_p, deterministic, return_attn_probs)
-        results = Attention.apply(*settings, *inputs, *sequences, *scores)
-        return results if return_attn_probs else results[0]
+        return Attention.apply(*settings, *inputs, *sequences, *scores)
     q, k, v = unpacked(inputs)
     named = current()
     run = Run(named, None, deterministic) if deterministic or named else _AUTOMATIC
@@ -63,8 +62,7 @@ def _traced(inputs, sequences, scores, dropout_p, deterministic, return_attn_pro
     sequences = Sequences(*_distinct(plain_numbers(sequences)))
     scores = Scores(*plain_numbers(scores))
     settings = (len(inputs), needs_grad, dropout_p, deterministic, return_attn_probs)
-    results = Attention.apply(*settings, *inputs, *sequences, *scores)
-    return results if return_attn_probs else results[0]
+    return Attention.apply(*settings, *inputs, *sequences, *scores)
 
 
 def check_constants(scores: Scores) -> None:
@@ -177,12 +175,18 @@ class Attention(torch.autograd.Function):
                                   *_tensors(scores))  # fmt: skip
             ctx.numbers = _without_tensors(sequences), _without_tensors(scores)
             ctx.n, ctx.dropout_p = n, dropout_p
-            ctx.mark_non_differentiable(S_dmask)
-        return out, lse, S_dmask
+            if return_attn_probs:
+                ctx.mark_non_differentiable(S_dmask)
+            if plain:  # a gradient that does not arrive is None, not zeros that cost time
+                ctx.set_materialize_grads(False)
+        return (out, lse, S_dmask) if return_attn_probs else out
 
     @staticmethod
-    def backward(ctx, dout, dlse, _):
+    def backward(ctx, dout, *more):
         q, k, v, out, lse, rng_state, *tensors = ctx.saved_tensors
+        dlse = more[0] if more else None
+        if dout is None:
+            dout = torch.zeros_like(out)
         sequences, scores = _with_tensors(ctx.numbers, tensors)
         if sequences.block_table is not None:
             raise NotServed("block_table: pages of keys and values are not differentiable")

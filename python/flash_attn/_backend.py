@@ -128,5 +128,5 @@ def register_backend(
 
 def unregister_backend(name: str) -> None:
     """Takes a backend written in Python out again."""
-    _engines.remove(name)
     _C.unregister_backend(name)
+    _engines.remove(name)
