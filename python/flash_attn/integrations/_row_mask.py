@@ -1,0 +1,120 @@
+"""A mask that is one interval of keys per row, as a tensor without memory.
+
+A model hands its mask from where it is made to every layer, and may look at it on the way. So RowMask is a bool tensor
+(batch, 1, seqlen_q, seqlen_k) to all the world: whoever computes with it gets the dense mask, made for the purpose.
+Attention alone asks for the interval, and seqlen_q x seqlen_k elements are never written.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+_SAME = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
+_TENSORS = ("shift", "first", "stop", "keys", "sequence")
+
+
+class RowMask(torch.Tensor):
+    """Query row i stands at key p = shift + i and sees the keys [p - left, p + right] (-1: no limit).
+
+    shift     int, or a tensor () where it is on a device and must not be waited for
+    first     (batch) int32: a sequence's keys are [first, stop), cut at shift + seqlen_q if right = 0. None if all
+    stop      rows are in use
+    keys      (batch, seqlen_k) bool: keys in use, where they are no interval
+    sequence  (batch, seqlen) int: the sequence of each token, if a row holds several. Then seqlen_q = seqlen_k, shift = 0
+    padding   "none"; "left": every stop is as far right as it can be; "ends": padding on both; "holes": see keys
+    """
+
+    @staticmethod
+    def __new__(cls, shape, device, *, shift=0, left=-1, right=-1, padding="none", **tensors):
+        """shape (batch, seqlen_q, seqlen_k)."""
+        batch, seqlen_q, seqlen_k = shape
+        self = torch.Tensor._make_wrapper_subclass(cls, (batch, 1, seqlen_q, seqlen_k), dtype=torch.bool, device=device)
+        self.shift, self.left, self.right, self.padding = shift, left, right, padding
+        for name in _TENSORS[1:]:
+            setattr(self, name, tensors.get(name))
+        return self
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func in _SAME:
+            names, rest = args[0].__tensor_flatten__()
+            return cls.__tensor_unflatten__({name: getattr(args[0], name) for name in names}, rest, None, None)
+        args, kwargs = tree_map_only(RowMask, RowMask.dense, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    def __tensor_flatten__(self):
+        """What torch.compile asks of a tensor that holds others. An int shift is part of what a graph is made for."""
+        names = [name for name in _TENSORS if isinstance(getattr(self, name), Tensor)]
+        shift = None if "shift" in names else self.shift
+        batch, _, seqlen_q, seqlen_k = self.shape
+        return names, ((batch, seqlen_q, seqlen_k), self.device, shift, self.left, self.right, self.padding)
+
+    @staticmethod
+    def __tensor_unflatten__(tensors, rest, outer_size, outer_stride):
+        shape, device, shift, left, right, padding = rest
+        if outer_size is not None:
+            shape = (outer_size[0], outer_size[2], outer_size[3])
+        return RowMask(shape, device, **{"shift": shift, **tensors}, left=left, right=right, padding=padding)
+
+    def __repr__(self, **_):
+        kinds = f"left={self.left}, right={self.right}, padding={self.padding!r}, packed={self.sequence is not None}"
+        return f"RowMask({tuple(self.shape)}, shift={self.shift}, {kinds})"
+
+    def key_mask(self) -> Tensor | None:
+        """(batch, seqlen_k) bool: keys in use. None if all are."""
+        if self.first is None or self.keys is not None:
+            return self.keys
+        j = torch.arange(self.shape[3], device=self.device)
+        return (j >= self.first[:, None]) & (j < self.stop[:, None])
+
+    def dense(self) -> Tensor:
+        """(batch, 1, seqlen_q, seqlen_k) bool."""
+        batch, _, seqlen_q, seqlen_k = self.shape
+        p = torch.arange(seqlen_q, device=self.device)[:, None] + self.shift
+        j = torch.arange(seqlen_k, device=self.device)
+        seen = torch.ones((batch, 1, seqlen_q, seqlen_k), dtype=torch.bool, device=self.device)
+        if self.left >= 0:
+            seen &= j >= p - self.left
+        if self.right >= 0:
+            seen &= j <= p + self.right
+        if (keys := self.key_mask()) is not None:
+            seen &= keys[:, None, None, :]
+        if self.sequence is not None:
+            seen &= (self.sequence[:, :, None] == self.sequence[:, None, :])[:, None]
+        return seen
+
+    @property
+    def bounded(self) -> bool:
+        """Whether it matters where the queries stand."""
+        return self.left >= 0 or self.right >= 0
+
+    def aligned(self) -> bool:
+        """Whether the last query stands at the last key, as in flash_attn. Waits for `shift`."""
+        return int(self.shift) == self.shape[3] - self.shape[2]
+
+
+def row_mask(shape, device, *, padding_mask=None, shift=0, left=-1, right=-1, sequence=None) -> RowMask:
+    """The mask of `padding_mask` (batch, seqlen_k), bool or None, and a window. Waits for the device once if there is
+    padding to look at."""
+    _, seqlen_q, seqlen_k = shape
+    common = dict(shift=shift, left=left, right=right)
+    if padding_mask is None:
+        return RowMask(shape, device, **common, sequence=sequence)
+    j = torch.arange(seqlen_k, device=device)
+    first = padding_mask.to(torch.int8).argmax(-1)
+    stop = first + padding_mask.sum(-1)
+    whole = (padding_mask == ((j >= first[:, None]) & (j < stop[:, None]))).all()
+    reach = torch.as_tensor(seqlen_k if right != 0 else shift + seqlen_q, device=device).clamp(max=seqlen_k)
+    whole, from_start, to_end = torch.stack([whole, (first == 0).all(), (stop >= reach).all()]).tolist()
+    if not whole:
+        return RowMask(shape, device, **common, padding="holes", keys=padding_mask, sequence=sequence)
+    if from_start and to_end:
+        return RowMask(shape, device, **common, sequence=sequence)
+    # Causal: keys behind the last query are seen by nobody, as the empty rest of a static cache is.
+    first, stop = first.to(torch.int32), torch.minimum(stop, reach).to(torch.int32)
+    padding = "left" if to_end else "ends"
+    return RowMask(shape, device, **common, padding=padding, first=first, stop=stop, sequence=sequence)
