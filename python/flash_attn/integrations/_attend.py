@@ -21,14 +21,16 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: RowMask, scores: dict, bias: T
     """
     if mask.sequence is not None:
         return _packed(q, k, v, mask, scores, bias)
-    # flash_attn puts the last query at the last key: a window over padding on the right has no such place.
-    elsewhere = mask.bounded and mask.right != 0 and (mask.padding == "ends" or not mask.aligned())
-    if bias is not None or mask.padding == "holes" or elsewhere:
-        return _with_bias(q, k, v, mask, scores, bias)
-    window = dict(causal=mask.right == 0, window_size=(mask.left, mask.right))
     inputs = (q, k, v, scores["learnable_sink"])
     needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     reads_only = not needs_grad and scores["dropout_p"] == 0.0
+    # flash_attn puts the last query at the last key: before padding there is no such place. And a window that looks
+    # ahead lets queries that are padding see keys, so they cannot be dropped.
+    ahead = mask.bounded and mask.right != 0
+    kept = mask.padding == "none" or (mask.padding == "left" and reads_only)
+    if bias is not None or mask.padding == "holes" or (ahead and not (kept and mask.aligned())):
+        return _with_bias(q, k, v, mask, scores, bias)
+    window = dict(causal=mask.right == 0, window_size=(mask.left, mask.right))
     if mask.padding == "none" and not (mask.bounded and _unaligned(mask, reads_only)):
         return flash_attn_func(q, k, v, **window, **scores)
     if reads_only and not (mask.bounded and mask.padding == "ends"):
@@ -65,7 +67,7 @@ def _starts(lengths: Tensor) -> Tensor:
 
 
 def _packing(mask: RowMask) -> tuple:
-    """-> (rows of queries or None if all, cu_seqlens_q, max_seqlen_q), the same of keys. Once per mask, not per layer."""
+    """-> (rows of queries or None if all, cu_seqlens_q, max_seqlen_q), the same of keys. Once per mask, not layer."""
     if (packing := getattr(mask, "_packing", None)) is None:
         batch, _, seqlen_q, seqlen_k = mask.shape
         keys = mask.key_mask()

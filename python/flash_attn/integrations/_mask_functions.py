@@ -1,6 +1,6 @@
 """What a mask function of transformers says, read from the functions it is made of.
 
-transformers composes masks of closures f(batch, head, query, key) -> bool: and_masks(sliding_window_overlay(8), causal).
+transformers composes masks of closures f(batch, head, query, key) -> bool: and_masks(overlay(8), causal).
 Calling one costs seqlen_q x seqlen_k; reading which closures it consists of costs nothing. What is not known here
 (an or_mask_function, a model's own closure, a future version's) is not guessed at: the answer is None, and the mask
 is made dense.
@@ -50,12 +50,12 @@ def _held(function) -> dict | None:
     code, cells = getattr(function, "__code__", None), getattr(function, "__closure__", None)
     if code is None or cells is None or function.__defaults__:
         return None
-    return {name: cell.cell_contents for name, cell in zip(code.co_freevars, cells)}
+    return {name: cell.cell_contents for name, cell in zip(code.co_freevars, cells, strict=True)}
 
 
 def _both(rules: list[Rule]) -> Rule | None:
     sequences = [rule.sequence for rule in rules if rule.sequence is not None]
     if len(sequences) > 1:
         return None
-    left, right = ([x for x in limits if x >= 0] for limits in zip(*((rule.left, rule.right) for rule in rules)))
+    left, right = ([x for x in limits if x >= 0] for limits in zip(*(rule[:2] for rule in rules), strict=True))
     return Rule(min(left, default=-1), min(right, default=-1), sequences[0] if sequences else None)

@@ -22,7 +22,7 @@ class RowMask(torch.Tensor):
     first     (batch) int32: a sequence's keys are [first, stop), cut at shift + seqlen_q if right = 0. None if all
     stop      rows are in use
     keys      (batch, seqlen_k) bool: keys in use, where they are no interval
-    sequence  (batch, seqlen) int: the sequence of each token, if a row holds several. Then seqlen_q = seqlen_k, shift = 0
+    sequence  (batch, seqlen) int: the sequence of each token, if a row holds several; seqlen_q = seqlen_k, shift = 0
     padding   "none"; "left": every stop is as far right as it can be; "ends": padding on both; "holes": see keys
     """
 
@@ -115,6 +115,7 @@ def row_mask(shape, device, *, padding_mask=None, shift=0, left=-1, right=-1, se
     if from_start and to_end:
         return RowMask(shape, device, **common, sequence=sequence)
     # Causal: keys behind the last query are seen by nobody, as the empty rest of a static cache is.
-    first, stop = first.to(torch.int32), torch.minimum(stop, reach).to(torch.int32)
+    stop = torch.minimum(stop, reach).to(torch.int32)
+    first = torch.minimum(first.to(torch.int32), stop)
     padding = "left" if to_end else "ends"
     return RowMask(shape, device, **common, padding=padding, first=first, stop=stop, sequence=sequence)

@@ -93,7 +93,7 @@ def attention(
         given has its window already.
     s_aux (nheads): sinks. position_bias (batch|1, nheads|1, seqlen_q, seqlen_k): added to the scores.
     cu_seq_lens_q, cu_seq_lens_k (n + 1), max_length_q, max_length_k: several sequences in one row. Without them
-        position_ids (batch, seqlen) that start anew say it, where no mask has said it.
+        position_ids (batch|1, seqlen) that start anew say it of a causal mask without padding.
     """
     _check_others(others)
     query, key, value = _as_autocast(query, key, value)
@@ -113,7 +113,9 @@ def attention(
         if isinstance(attention_mask, RowMask) and attention_mask.padding == "none":
             left, right = attention_mask.left, attention_mask.right
         elif attention_mask is not None:
-            raise ValueError("attention_mask: expected none beside cu_seq_lens_q and cu_seq_lens_k, which pack sequences")
+            raise ValueError(
+                "attention_mask: expected none beside cu_seq_lens_q and cu_seq_lens_k, which pack sequences"
+            )
         if position_bias is not None:
             raise ValueError("position_bias: not served beside cu_seq_lens_q and cu_seq_lens_k, which pack sequences")
         starts_q = _as_starts("q", cu_seq_lens_q, max_length_q)
@@ -122,20 +124,20 @@ def attention(
     if attention_mask is not None and attention_mask.dim() == 4 and not isinstance(attention_mask, RowMask):
         return _attend_dense(q, k, v, attention_mask, position_bias, scores), None
     if attention_mask is None or attention_mask.dim() == 2:
-        attention_mask, k, v = _own_mask(q, k, v, attention_mask, left, right, position_ids)
+        attention_mask, k, v = _own_mask(q, k, v, attention_mask, left, right)
     expected = (q.shape[0], 1, q.shape[1], k.shape[1])
     if not isinstance(attention_mask, RowMask) or attention_mask.shape != expected:
         got = tuple(attention_mask.shape)
         raise ValueError(f"attention_mask: expected {expected} or (batch, seqlen_k), got {got}")
+    if position_ids is not None:
+        attention_mask = _with_sequences(attention_mask, position_ids)
     bias = None if position_bias is None else position_bias.expand(-1, -1, -1, k.shape[1])
     return attend(q, k, v, attention_mask, scores, bias), None
 
 
 def _check_others(others: dict) -> None:
     if others.pop("output_attentions", None):
-        raise ValueError(
-            "output_attentions: the attention weights are never held as a whole; take attn_implementation='eager' to see them"
-        )
+        raise ValueError("output_attentions: weights are never held as a whole; attn_implementation='eager' shows them")
     unknown = [name for name, value in others.items() if value is not None and name not in HARMLESS]
     if unknown:
         raise NotImplementedError(
@@ -173,27 +175,33 @@ def _attend_dense(q, k, v, attention_mask: Tensor, position_bias: Tensor | None,
     return flash_attn_func(q, k, v, attn_bias=bias if position_bias is None else bias + position_bias, **scores)
 
 
-def _own_mask(q, k, v, padding_mask: Tensor | None, left: int, right: int, position_ids: Tensor | None) -> tuple:
+def _own_mask(q, k, v, padding_mask: Tensor | None, left: int, right: int) -> tuple:
     """Where `mask` was not asked. -> RowMask, and the keys and values that it speaks of."""
     if padding_mask is not None and padding_mask.shape[1] < k.shape[1]:  # the used rows of a static cache
         k, v = k[:, : padding_mask.shape[1]], v[:, : padding_mask.shape[1]]
     batch, seqlen_q, seqlen_k = q.shape[0], q.shape[1], k.shape[1]
     if padding_mask is not None:
         padding_mask = padding_mask[:, -seqlen_k:].bool()
-    sequence = None
-    if padding_mask is None and position_ids is not None and right == 0 and seqlen_q == seqlen_k:
-        sequence = _sequences(position_ids, batch, seqlen_q)
     shape, shift = (batch, seqlen_q, seqlen_k), seqlen_k - seqlen_q
-    common = dict(padding_mask=padding_mask, shift=shift, left=left, right=right, sequence=sequence)
-    return row_mask(shape, q.device, **common), k, v
+    return row_mask(shape, q.device, padding_mask=padding_mask, shift=shift, left=left, right=right), k, v
 
 
-def _sequences(position_ids: Tensor, batch: int, seqlen: int) -> Tensor | None:
-    """(batch|1, seqlen) -> (batch, seqlen): the sequence of each token. None if a row has only one."""
-    if torch.compiler.is_compiling() or position_ids.dim() != 2 or position_ids.shape[1] != seqlen or seqlen < 2:
-        return None
-    sequence = torch.nn.functional.pad((position_ids.diff(dim=-1) != 1).cumsum(-1), (1, 0))
-    return sequence.expand(batch, -1) if sequence[:, -1].any() else None
+def _with_sequences(mask: RowMask, position_ids: Tensor) -> RowMask:
+    """The mask of packed sequences, where position_ids (batch|1, seqlen) start anew and the mask does not say so: it
+    was made without them (gpt-oss), or not by us. Looked at once per mask, not per layer."""
+    batch, _, seqlen, seqlen_k = mask.shape
+    says_all = mask.sequence is not None or mask.padding != "none" or mask.right != 0
+    if says_all or position_ids.dim() != 2 or not position_ids.shape[1] == seqlen == seqlen_k:
+        return mask
+    if torch.compiler.is_compiling() or seqlen == 1:
+        return mask
+    if (packed := getattr(mask, "_packed", None)) is None:
+        sequence = torch.nn.functional.pad((position_ids.diff(dim=-1) != 1).cumsum(-1), (1, 0)).expand(batch, -1)
+        packed = False
+        if sequence[:, -1].any():
+            packed = row_mask((batch, seqlen, seqlen), mask.device, left=mask.left, right=0, sequence=sequence)
+        mask._packed = packed
+    return mask if packed is False else packed
 
 
 def mask(*, mask_function, attention_mask: Tensor | None = None, device="cpu", **arguments) -> Tensor | None:
