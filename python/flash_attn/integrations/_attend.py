@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flash_attn import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
-from flash_attn.bert_padding import index_first_axis, pad_input
+from flash_attn.bert_padding import _starts, index_first_axis, pad_input
 from flash_attn.integrations._row_mask import RowMask
 
 
@@ -60,10 +60,6 @@ def _from_cache(q, k, v, mask: RowMask, window: dict, scores: dict) -> Tensor:
     scores = {name: value for name, value in scores.items() if name not in ("dropout_p", "deterministic")}
     length = length.contiguous()
     return flash_attn_with_kvcache(q, k, v, cache_seqlens=length, cache_leftpad=mask.first, **window, **scores)
-
-
-def _starts(lengths: Tensor) -> Tensor:
-    return torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
 
 
 def _packing(mask: RowMask) -> tuple:
