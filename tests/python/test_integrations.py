@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import subprocess
 import sys
@@ -80,8 +81,14 @@ def build(spec: Model, seed: int = 0, **more):
 
 
 def choose(model, attention: str) -> None:
-    model.set_attn_implementation(attention)
-    assert model.config._attn_implementation == attention
+    if hasattr(model, "set_attn_implementation"):
+        model.set_attn_implementation(attention)
+    else:
+        model.config._attn_implementation = attention  # transformers 4.53
+    if model.config._attn_implementation != attention:
+        version = sys.modules["transformers"].__version__
+        assert version.startswith("4."), "no model of today is left out"
+        pytest.skip(f"transformers {version}: {type(model).__name__} does not take attention functions")
 
 
 def padded(side: str, batch: int = 3, seqlen: int = 12):
@@ -302,7 +309,11 @@ def test_function_masks_of_a_model_are_dense():
     masking_utils = pytest.importorskip("transformers.masking_utils", reason="transformers is not installed")
     causal = masking_utils.causal_mask_function
     first_three = lambda b, h, q, k: (q < 3) & (k < 3)  # noqa: E731
-    arguments = dict(batch_size=2, q_length=6, kv_length=6, q_offset=0, kv_offset=0, use_vmap=True)
+    arguments = dict(batch_size=2, kv_length=6, kv_offset=0)
+    if "q_length" in inspect.signature(masking_utils.sdpa_mask).parameters:
+        arguments |= dict(q_length=6, q_offset=0, use_vmap=True)
+    else:
+        arguments |= dict(cache_position=torch.arange(6))
     got = plus.mask(mask_function=masking_utils.or_masks(causal, first_three), allow_is_causal_skip=False, **arguments)
     assert type(got) is torch.Tensor and got[0, 0].sum() == 21 + 3
     assert isinstance(plus.mask(mask_function=causal, **arguments), RowMask)
