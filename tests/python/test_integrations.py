@@ -211,14 +211,29 @@ OTHERS = {
         ),
         text_to_text,
     ),
-}
+    # Models that know "eager" only: one adds masks to scores of its own, the other joins them to added masks.
+    "bigbird-pegasus": (Model("BigBirdPegasus", "BigBirdPegasusConfig", SEQ2SEQ, "Model", dense=True), text_to_text),
+    "deepseek-v4": (
+        Model(
+            "DeepseekV4", "DeepseekV4Config",
+            dict(num_key_value_heads=1, head_dim=16, moe_intermediate_size=32, q_lora_rank=16, qk_rope_head_dim=8,
+                 o_lora_rank=16, o_groups=2, n_routed_experts=2, num_experts_per_tok=1, index_topk=4, index_n_heads=2,
+                 index_head_dim=16, hc_mult=2, sliding_window=WINDOW, partial_rotary_factor=0.5,
+                 layer_types=["heavily_compressed_attention", "compressed_sparse_attention"]),
+            "Model", dense=True,
+        ),
+        encoder,
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("side", ["none", "left", "right", "both", "holes"])
 @pytest.mark.parametrize("name", OTHERS)
-def test_encoders_and_cross_attention(name, side, no_dense_mask):
+def test_encoders_and_cross_attention(name, side, request):
     spec, inputs = OTHERS[name]
     model = build(spec)
+    if not spec.dense:
+        request.getfixturevalue("no_dense_mask")
     assert_same(model, *inputs(model, side))
 
 
@@ -411,6 +426,17 @@ def test_every_way_of_a_row_mask(seqlen_q, shift, side, window, needs_grad):
             torch.testing.assert_close(x, y, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing(reentrant, no_dense_mask):
+    model = build(DECODERS["mistral"]).train()
+    ids, mask = padded("both")
+    expected = results(model, "eager", lambda m: m(ids, attention_mask=mask).logits, mask.bool())
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=dict(use_reentrant=reentrant))
+    got = results(model, plus.NAME, lambda m: m(ids, attention_mask=mask).logits, mask.bool())
+    for x, y in zip(expected, got, strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=1e-5)
+
+
 def test_compiled_in_one_graph():
     """Masks are dense while a graph is traced; a mask that was made before is taken as it is."""
     model = build(DECODERS["llama"])
@@ -421,6 +447,21 @@ def test_compiled_in_one_graph():
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     got = compiled(ids, attention_mask=mask, use_cache=False).logits[mask.bool()]
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["mistral", "gpt-oss"])
+def test_compiled_generation(name):
+    """With a static cache every step runs the compiled model, whose masks are made outside of it."""
+    model = build(DECODERS[name])
+    if sys.modules["transformers"].__version__.startswith("4."):
+        pytest.skip("transformers 4 passes masks in another way while it compiles")
+    ids, mask = padded("left")
+    choose(model, plus.NAME)
+    options = dict(attention_mask=mask, max_new_tokens=6, do_sample=False, cache_implementation="static")
+    expected = model.generate(ids, **options)
+    torch.compiler.reset()
+    model.forward = torch.compile(model.forward, backend="eager", fullgraph=True)
+    assert torch.equal(model.generate(ids, **options), expected)
 
 
 def test_compiled_decoding_takes_masks_that_were_made_outside():

@@ -28,10 +28,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: RowMask, scores: dict, bias: T
     # ahead lets queries that are padding see keys, so they cannot be dropped.
     ahead = mask.bounded and mask.right != 0
     kept = mask.padding == "none" or (mask.padding == "left" and reads_only)
-    if bias is not None or mask.padding == "holes" or (ahead and not (kept and mask.aligned())):
+    if bias is not None or mask.padding == "holes" or (ahead and not (kept and mask.aligned)):
         return _with_bias(q, k, v, mask, scores, bias)
     window = dict(causal=mask.right == 0, window_size=(mask.left, mask.right))
-    if mask.padding == "none" and not (mask.bounded and _unaligned(mask, reads_only)):
+    if mask.padding == "none" and (mask.aligned or not mask.bounded):
         return flash_attn_func(q, k, v, **window, **scores)
     if reads_only and not (mask.bounded and mask.padding == "ends"):
         return _from_cache(q, k, v, mask, window, scores)
@@ -41,20 +41,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: RowMask, scores: dict, bias: T
     return _unpadded(q, k, v, mask, window, scores)
 
 
-def _unaligned(mask: RowMask, reads_only: bool) -> bool:
-    """A shift on a device is not waited for: _from_cache needs no knowledge of it."""
-    if reads_only and isinstance(mask.shift, Tensor) and (mask.shift.device.type != "cpu" or _is_compiling()):
-        return True
-    return not mask.aligned()
-
-
-_is_compiling = torch.compiler.is_compiling
-
-
 def _from_cache(q, k, v, mask: RowMask, window: dict, scores: dict) -> Tensor:
     """The used rows of a longer cache, without padding on the left: nothing is copied."""
     if mask.bounded or mask.stop is None:
-        length = torch.as_tensor(mask.shift + q.shape[1], dtype=torch.int32, device=q.device).expand(q.shape[0])
+        length = (mask.shift + q.shape[1]).to(q.device, torch.int32).expand(q.shape[0])
     else:
         length = mask.stop
     scores = {name: value for name, value in scores.items() if name not in ("dropout_p", "deterministic")}
@@ -124,7 +114,7 @@ def as_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
 def _with_bias(q, k, v, mask: RowMask, scores: dict, bias: Tensor | None) -> Tensor:
     """Padding as a bias of keys, (batch, 1, 1, seqlen_k)."""
     seqlen_q, seqlen_k = mask.shape[2:]
-    if mask.bounded and not mask.aligned():
+    if mask.bounded and not mask.aligned:
         if mask.right != 0:
             return _dense(q, k, v, mask, scores, bias)
         seqlen_k = min(int(mask.shift) + seqlen_q, seqlen_k)

@@ -18,7 +18,8 @@ _TENSORS = ("shift", "first", "stop", "keys", "sequence")
 class RowMask(torch.Tensor):
     """Query row i stands at key p = shift + i and sees the keys [p - left, p + right] (-1: no limit).
 
-    shift     int, or a tensor () where it is on a device and must not be waited for
+    shift     tensor (), on a device perhaps, and not to be waited for
+    aligned   True: shift is known to be seqlen_k - seqlen_q, so that the last query stands at the last key
     first     (batch) int32: a sequence's keys are [first, stop), cut at shift + seqlen_q if right = 0. None if all
     stop      rows are in use
     keys      (batch, seqlen_k) bool: keys in use, where they are no interval
@@ -27,11 +28,11 @@ class RowMask(torch.Tensor):
     """
 
     @staticmethod
-    def __new__(cls, shape, device, *, shift=0, left=-1, right=-1, padding="none", **tensors):
+    def __new__(cls, shape, device, *, shift, aligned, left=-1, right=-1, padding="none", **tensors):
         """shape (batch, seqlen_q, seqlen_k)."""
         batch, seqlen_q, seqlen_k = shape
         self = torch.Tensor._make_wrapper_subclass(cls, (batch, 1, seqlen_q, seqlen_k), dtype=torch.bool, device=device)
-        self.shift, self.left, self.right, self.padding = shift, left, right, padding
+        self.shift, self.aligned, self.left, self.right, self.padding = shift, aligned, left, right, padding
         for name in _TENSORS[1:]:
             setattr(self, name, tensors.get(name))
         return self
@@ -47,18 +48,17 @@ class RowMask(torch.Tensor):
         return func(*args, **kwargs)
 
     def __tensor_flatten__(self):
-        """What torch.compile asks of a tensor that holds others. An int shift is part of what a graph is made for."""
-        names = [name for name in _TENSORS if isinstance(getattr(self, name), Tensor)]
-        shift = None if "shift" in names else self.shift
+        """What torch.compile asks of a tensor that holds others. The second part is what a graph is made for."""
+        names = [name for name in _TENSORS if getattr(self, name) is not None]
         batch, _, seqlen_q, seqlen_k = self.shape
-        return names, ((batch, seqlen_q, seqlen_k), self.device, shift, self.left, self.right, self.padding)
+        return names, ((batch, seqlen_q, seqlen_k), self.device, self.aligned, self.left, self.right, self.padding)
 
     @staticmethod
     def __tensor_unflatten__(tensors, rest, outer_size, outer_stride):
-        shape, device, shift, left, right, padding = rest
+        shape, device, aligned, left, right, padding = rest
         if outer_size is not None:
             shape = (outer_size[0], outer_size[2], outer_size[3])
-        return RowMask(shape, device, **{"shift": shift, **tensors}, left=left, right=right, padding=padding)
+        return RowMask(shape, device, **tensors, aligned=aligned, left=left, right=right, padding=padding)
 
     def __repr__(self, **_):
         kinds = f"left={self.left}, right={self.right}, padding={self.padding!r}, packed={self.sequence is not None}"
@@ -92,16 +92,18 @@ class RowMask(torch.Tensor):
         """Whether it matters where the queries stand."""
         return self.left >= 0 or self.right >= 0
 
-    def aligned(self) -> bool:
-        """Whether the last query stands at the last key, as in flash_attn. Waits for `shift`."""
-        return int(self.shift) == self.shape[3] - self.shape[2]
-
 
 def row_mask(shape, device, *, padding_mask=None, shift=0, left=-1, right=-1, sequence=None) -> RowMask:
-    """The mask of `padding_mask` (batch, seqlen_k), bool or None, and a window. Waits for the device once if there is
-    padding to look at."""
+    """The mask of `padding_mask` (batch, seqlen_k), bool or None, and a window; shift: int or a tensor ().
+
+    Waits for the device once, if there is padding to look at.
+    """
     _, seqlen_q, seqlen_k = shape
-    common = dict(shift=shift, left=left, right=right)
+    if not isinstance(shift, Tensor):
+        aligned, shift = shift == seqlen_k - seqlen_q, torch.full((), shift, dtype=torch.int64, device=device)
+    else:
+        aligned = shift.device.type == "cpu" and int(shift) == seqlen_k - seqlen_q
+    common = dict(shift=shift, aligned=aligned, left=left, right=right)
     if padding_mask is None:
         return RowMask(shape, device, **common, sequence=sequence)
     j = torch.arange(seqlen_k, device=device)

@@ -11,6 +11,9 @@ the mask that they call it with.
 
 from __future__ import annotations
 
+import functools
+import sys
+
 import torch
 from torch import Tensor
 
@@ -89,6 +92,8 @@ def attention(
     attention_mask is one of: what `mask` made; (batch, seqlen_k) with 1 for tokens and 0 for padding; (batch|1,
         nheads|1, seqlen_q, seqlen_k), bool (True where a key is seen) or added to the scores; None: is_causal (else
         module.is_causal) and sliding_window say it all, with the last query at the last key.
+        Where a mask is causal, queries that are padding give 0: a loss must not look at them. (The one before the
+        first token of a row predicts that token: its label is -100.)
     sliding_window: as transformers has it, a query sees `sliding_window` keys back, itself included. A mask that is
         given has its window already.
     s_aux (nheads): sinks. position_bias (batch|1, nheads|1, seqlen_q, seqlen_k): added to the scores.
@@ -205,7 +210,8 @@ def _with_sequences(mask: RowMask, position_ids: Tensor) -> RowMask:
 
 
 def mask(*, mask_function, attention_mask: Tensor | None = None, device="cpu", **arguments) -> Tensor | None:
-    """transformers asks for (batch, 1, seqlen_q, seqlen_k). -> RowMask; what is no RowMask, or is being traced, dense.
+    """transformers asks for (batch, 1, seqlen_q, seqlen_k). -> RowMask; what is none, or is being traced, dense. Models
+    that know "eager" only add masks to scores of their own, or to other masks: eager's masks for them.
 
     mask_function(batch, head, query, key) -> bool; attention_mask (batch, tokens so far) bool, None without padding;
     arguments: batch_size, q_length, kv_length, q_offset and kv_offset (query i stands at q_offset + i, key j at
@@ -214,6 +220,8 @@ def mask(*, mask_function, attention_mask: Tensor | None = None, device="cpu", *
     """
     from transformers import masking_utils
 
+    if (config := arguments.get("config")) is not None and _knows_eager_only(type(config)):
+        return _eager_mask(masking_utils, mask_function, attention_mask, device, arguments)
     rule = None if _is_traced(attention_mask) else read(mask_function, masking_utils)
     if rule is None:
         return _dense_mask(masking_utils, mask_function, attention_mask, device, arguments)
@@ -229,6 +237,27 @@ def mask(*, mask_function, attention_mask: Tensor | None = None, device="cpu", *
         attention_mask = torch.nn.functional.pad(attention_mask.bool(), (0, missing))
         attention_mask = attention_mask[:, kv_offset : kv_offset + seqlen_k]
     return row_mask(shape, torch.device(device), padding_mask=attention_mask, shift=shift, **rule._asdict())
+
+
+@torch.compiler.assume_constant_result
+def _knows_eager_only(config_class: type) -> bool:
+    """Whether the models of this configuration support neither sdpa nor flash or flex attention (deepseek-v4)."""
+    return _supports_nothing(config_class)
+
+
+@functools.cache
+def _supports_nothing(config_class: type) -> bool:
+    modeling = sys.modules.get(config_class.__module__.replace("configuration_", "modeling_"))
+    models = [x for x in vars(modeling).values() if hasattr(x, "config_class")] if modeling else []
+    models = [x for x in models if x.__module__ == modeling.__name__ and x.config_class in (config_class, None)]
+    supports = ("_supports_sdpa", "_supports_flash_attn", "_supports_flash_attn_2", "_supports_flex_attn")
+    return bool(models) and not any(getattr(x, name, False) for x in models for name in supports)
+
+
+def _eager_mask(masking_utils, mask_function, attention_mask, device, arguments: dict) -> Tensor | None:
+    if "q_length" in arguments:
+        arguments["device"] = device
+    return masking_utils.eager_mask(mask_function=mask_function, attention_mask=attention_mask, **arguments)
 
 
 def _is_traced(x: Tensor | None) -> bool:
