@@ -352,6 +352,15 @@ def test_padding_mask_of_two_dimensions(side, is_causal, window):
     torch.testing.assert_close(out[mask.bool()], expected[mask.bool()], rtol=0, atol=1e-5)
 
 
+def test_masks_move_between_devices():
+    mask = row_mask((2, 3, 5), "cpu", padding_mask=torch.tensor([[0, 1, 1, 1, 1], [1] * 5]).bool(), shift=2, right=0)
+    for moved in (mask.to("cpu", copy=True), mask.clone(), mask.contiguous(), mask.to(torch.bool)):
+        assert isinstance(moved, RowMask) and moved.padding == "left" and torch.equal(moved & True, mask & True)
+    away = mask.to("meta", non_blocking=True)
+    assert isinstance(away, RowMask) and away.device.type == away.first.device.type == away.shift.device.type == "meta"
+    assert type(mask.float()) is torch.Tensor and mask.float().sum() == 2 * (3 + 4 + 5) - 3
+
+
 def test_dropout_and_autocast():
     q, k, v = (torch.randn(2, 4, 9, 16) for _ in range(3))
     module = types.SimpleNamespace(is_causal=True)

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-_SAME = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
+_aten = torch.ops.aten
+_SAME = (_aten.detach.default, _aten.alias.default, _aten.clone.default)
 _TENSORS = ("shift", "first", "stop", "keys", "sequence")
 
 
@@ -41,11 +42,19 @@ class RowMask(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
         if func in _SAME:
-            names, rest = args[0].__tensor_flatten__()
-            return cls.__tensor_unflatten__({name: getattr(args[0], name) for name in names}, rest, None, None)
-        args, kwargs = tree_map_only(RowMask, RowMask.dense, (args, kwargs or {}))
+            return args[0]._moved(args[0].device)
+        if func is _aten._to_copy.default and kwargs.get("dtype") in (None, torch.bool):
+            return args[0]._moved(kwargs.get("device") or args[0].device, kwargs.get("non_blocking", False))
+        args, kwargs = tree_map_only(RowMask, RowMask.dense, (args, kwargs))
         return func(*args, **kwargs)
+
+    def _moved(self, device: torch.device, non_blocking: bool = False) -> RowMask:
+        """On another device, where a model's layers are spread over several."""
+        names, (shape, _, *rest) = self.__tensor_flatten__()
+        tensors = {name: getattr(self, name).to(device, non_blocking=non_blocking) for name in names}
+        return self.__tensor_unflatten__(tensors, (shape, device, *rest), None, None)
 
     def __tensor_flatten__(self):
         """What torch.compile asks of a tensor that holds others. The second part is what a graph is made for."""

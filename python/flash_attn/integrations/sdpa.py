@@ -32,7 +32,7 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def scaled_dot_product_attention(
-    query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
+    query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, enable_gqa=False
 ):
     """query (..., nheads, seqlen_q, headdim), key (..., nheads_k, seqlen_k, headdim), value (..., nheads_k, seqlen_k,
     headdim_v), leading dimensions as they broadcast -> (..., nheads, seqlen_q, headdim_v).
@@ -49,7 +49,7 @@ def scaled_dot_product_attention(
     return _own(query, key, value, attn_mask, **arguments)
 
 
-def refuses(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False) -> str:
+def refuses(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, enable_gqa=False) -> str:
     """Why this call goes to PyTorch's own function; "" if it does not. (A backend may refuse more: headdim, say.)"""
     tensors = {"query": query, "key": key, "value": value}
     if attn_mask is not None:
