@@ -473,6 +473,16 @@ def test_compiled_generation(name):
     assert torch.equal(model.generate(ids, **options), expected)
 
 
+def test_compiled_without_padding_makes_no_mask(no_dense_mask):
+    model = build(DECODERS["llama"]).train()
+    ids, _ = padded("none")
+    expected = results(model, "eager", lambda m: m(ids).logits)
+    torch.compiler.reset()
+    got = results(model, plus.NAME, lambda m: torch.compile(m, backend="eager", fullgraph=True)(ids).logits)
+    for x, y in zip(expected, got, strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=1e-5)
+
+
 def test_compiled_decoding_takes_masks_that_were_made_outside():
     module = types.SimpleNamespace(is_causal=True)
 
@@ -498,6 +508,11 @@ def test_enable_says_which_transformers_it_needs(monkeypatch):
     monkeypatch.setattr(plus, "_found", lambda: "4.40.0")
     with pytest.raises(ImportError, match="needs transformers 4.53 or newer, found 4.40.0"):
         plus.enable()
+
+
+def test_enable_takes_a_name_that_transformers_leaves_alone():
+    with pytest.raises(ValueError, match="name: expected one without 'flash'"):
+        plus.enable("flash_attention_plus")
 
 
 def test_nothing_is_imported_before_it_is_asked_for():

@@ -1,6 +1,6 @@
 """Attention under a RowMask: which function of flash_attn serves it, and how it is told.
 
-No way below writes a mask of seqlen_q x seqlen_k elements, but the last one of _with_bias.
+No way below writes a mask of seqlen_q x seqlen_k elements, but _dense.
 """
 
 from __future__ import annotations

@@ -46,6 +46,8 @@ def scaled_dot_product_attention(
             return _attend(*_as_autocast(query, key, value), attn_mask, dropout_p, is_causal, scale)
         except NotImplementedError:  # by every backend, before anything was written
             pass
+    if not enable_gqa:  # torch 2.4 does not know it
+        del arguments["enable_gqa"]
     return _own(query, key, value, attn_mask, **arguments)
 
 

@@ -46,6 +46,10 @@ HARMLESS = {
 
 def enable(name: str = NAME) -> str:
     """Registers attention and mask under `name`, for attn_implementation=name. -> name."""
+    if "flash" in name:
+        raise ValueError(
+            f"name: expected one without 'flash', which transformers rewrites for some models, got {name!r}"
+        )
     try:
         from transformers import AttentionInterface
         from transformers.masking_utils import AttentionMaskInterface
@@ -222,8 +226,13 @@ def mask(*, mask_function, attention_mask: Tensor | None = None, device="cpu", *
 
     if (config := arguments.get("config")) is not None and _knows_eager_only(type(config)):
         return _eager_mask(masking_utils, mask_function, attention_mask, device, arguments)
-    rule = None if _is_traced(attention_mask) else read(mask_function, masking_utils)
-    if rule is None:
+    if _is_traced(attention_mask):
+        # None means "causal, the last query at the last key" to `attention`. It says nothing of windows.
+        causal = attention_mask is None and mask_function is masking_utils.causal_mask_function
+        if causal and arguments.get("allow_is_causal_skip", True) and _is_square(arguments):
+            return None
+        return _dense_mask(masking_utils, mask_function, attention_mask, device, arguments)
+    if (rule := read(mask_function, masking_utils)) is None:
         return _dense_mask(masking_utils, mask_function, attention_mask, device, arguments)
     batch, seqlen_k, kv_offset = arguments["batch_size"], arguments["kv_length"], arguments.get("kv_offset", 0)
     if "cache_position" in arguments:
@@ -266,12 +275,14 @@ def _is_traced(x: Tensor | None) -> bool:
     return torch.compiler.is_compiling() or torch.jit.is_tracing() or (x is not None and is_fake(x))
 
 
+def _is_square(arguments: dict) -> bool:
+    seqlen_q = arguments["q_length"] if "q_length" in arguments else arguments["cache_position"].shape[0]
+    return seqlen_q == arguments["kv_length"]
+
+
 def _dense_mask(masking_utils, mask_function, attention_mask, device, arguments: dict) -> Tensor | None:
-    # None means "causal, the last query at the last key" to `attention`, so only square masks may be left out.
     if "q_length" in arguments:
         arguments["device"] = device
-        square = arguments["q_length"] == arguments["kv_length"]
-    else:
-        square = arguments["cache_position"].shape[0] == arguments["kv_length"]
-    arguments["allow_is_causal_skip"] = square and arguments.get("allow_is_causal_skip", True)
+    if not _is_square(arguments):  # sdpa_mask leaves out masks that are causal from the top left, too
+        arguments["allow_is_causal_skip"] = False
     return masking_utils.sdpa_mask(mask_function=mask_function, attention_mask=attention_mask, **arguments)
