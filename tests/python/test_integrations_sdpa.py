@@ -135,6 +135,10 @@ REFUSED = {
         "attn_mask beside is_causal",
     ),
     "mask's dtype": (lambda: ([tensor()] * 3, dict(attn_mask=torch.ones(L, L).double())), "attn_mask: dtype"),
+    "mask that fits the values only": (
+        lambda: ([tensor(1, H, L, E), tensor(1, H, L, E), tensor()], dict(attn_mask=torch.ones(B, H, L, L).bool())),
+        "attn_mask: (2, 4, 7, 7) does not broadcast to (1, 4, 7, 7)",
+    ),
     "mask's shape": (lambda: ([tensor()] * 3, dict(attn_mask=torch.ones(L, 3))), "attn_mask: (7, 3) does not"),
     "shapes": (lambda: ([tensor(), tensor(3, H, S, E), tensor(3, H, S, E)], {}), "shapes that do not fit"),
     "headdim": (lambda: ([tensor(), tensor(B, H, L, 8), tensor()], {}), "shapes that do not fit"),

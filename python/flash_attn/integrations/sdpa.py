@@ -104,7 +104,7 @@ def _refuses_shapes(query, key, value, attn_mask, enable_gqa: bool) -> str:
     if not _broadcastable(batches):
         return f"shapes that do not fit: {shapes}"
     if attn_mask is not None:
-        batch = torch.broadcast_shapes(*batches)
+        batch = torch.broadcast_shapes(*batches[:2])  # of the scores: the values have no say in it
         full = (*batch, *(() if heads is None else (heads,)), query.shape[-2], key.shape[-2])
         if attn_mask.dim() > len(full) or any(
             m not in (1, n) for m, n in zip(reversed(attn_mask.shape), reversed(full), strict=False)
