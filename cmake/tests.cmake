@@ -34,3 +34,7 @@ if(CMAKE_SYSTEM_NAME STREQUAL "Linux")
 endif()
 add_test(NAME embedding COMMAND ${Python3_EXECUTABLE} ${built_tests}/embedding_test.py
          ${CMAKE_COMMAND} ${CMAKE_GENERATOR} ${CMAKE_CXX_COMPILER})
+if(FLASH_ATTN_CLI)
+  add_test(NAME tool COMMAND ${Python3_EXECUTABLE} ${PROJECT_SOURCE_DIR}/tests/cli/tool_test.py
+           $<TARGET_FILE:flash-attn>)
+endif()
