@@ -31,6 +31,11 @@ def run(*command: str | Path) -> str:
     return done.stdout + done.stderr
 
 
+def words_of_failure(*command: str | Path) -> str:
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
+    return "" if done.returncode == 0 else " ".join((done.stdout + done.stderr).split())
+
+
 def cache(build: Path) -> set[str]:
     return set(re.findall(r"^([^#/\n][^:\n]*):(?!INTERNAL|STATIC)", (build / "CMakeCache.txt").read_text(), re.M))
 
@@ -59,6 +64,11 @@ def main(cmake: str, generator: str, cxx: str, folder: Path) -> list[str]:
         words = command["command"].split()
         if "-w" not in words[words.index("-Werror") :]:
             faults.append(f"warnings of the parent reach {command['file']}")
+
+    lone = words_of_failure(cmake, "-S", HERE / "embedding", "-B", folder / "lone", "-G", generator,
+                            "-DPARENT_LANGUAGES=C", f"-DFLASH_ATTENTION_PLUS={ROOT}")  # fmt: skip
+    if "enable_language(CXX)" not in lone:
+        faults.append("a parent without C++ is not told what to do")
 
     if FULL:
         printed = run(cmake, "--build", whole, "--parallel", str(os.cpu_count()))
