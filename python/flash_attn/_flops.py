@@ -11,6 +11,8 @@ from __future__ import annotations
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
+from flash_attn._errors import InvalidArgument
+
 
 def _pairs(q: Tensor, k: Tensor, call: dict) -> int:
     """Pairs of a query and a key, of all sequences."""
@@ -21,7 +23,7 @@ def _pairs(q: Tensor, k: Tensor, call: dict) -> int:
         return int((cu_q.diff().long() * cu_k.diff().long()).sum())
     longest = [call.get(name) or 0 for name in ("max_seqlen_q", "max_seqlen_k")]
     if min(longest) <= 0:
-        raise ValueError("max_seqlen_q, max_seqlen_k: required to count the flops of packed sequences on a device")
+        raise InvalidArgument("max_seqlen_q, max_seqlen_k: required to count the flops of packed sequences on a device")
     return (cu_q.numel() - 1) * longest[0] * longest[1]
 
 

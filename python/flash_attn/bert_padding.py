@@ -65,7 +65,7 @@ def _starts(lengths: Tensor) -> Tensor:
 def _check_shape(name: str, mask: Tensor, hidden_states: Tensor) -> None:
     if mask.dim() != 2 or mask.shape != hidden_states.shape[:2]:
         expected = tuple(hidden_states.shape[:2])
-        raise ValueError(f"{name}: expected shape (batch, seqlen) = {expected}, got {tuple(mask.shape)}")
+        raise InvalidArgument(f"{name}: expected shape (batch, seqlen) = {expected}, got {tuple(mask.shape)}")
 
 
 def _longest(lengths: Tensor, checks: list[tuple[Tensor, str]]) -> int:
@@ -83,7 +83,7 @@ def _longest(lengths: Tensor, checks: list[tuple[Tensor, str]]) -> int:
     for holds, _ in checks:
         longest = longest.masked_fill(~holds, -1)
     if (longest := int(longest)) == -1:
-        raise ValueError(next(message for holds, message in checks if not holds))
+        raise InvalidArgument(next(message for holds, message in checks if not holds))
     return longest
 
 
@@ -128,7 +128,7 @@ def unpad_input_for_concatenated_sequences(hidden_states: Tensor, attention_mask
     name, seqlen = "attention_mask_in_length", attention_mask_in_length.shape[-1]
     _check_shape(name, attention_mask_in_length, hidden_states)
     if attention_mask_in_length.dtype == torch.bool:
-        raise ValueError(f"{name}: expected lengths of sequences, got a bool mask: that is what unpad_input takes")
+        raise InvalidArgument(f"{name}: expected lengths of sequences, got a bool mask: that is what unpad_input takes")
     whole = (attention_mask_in_length >= 0) & (attention_mask_in_length == attention_mask_in_length.round())
     tokens = attention_mask_in_length.sum(dim=-1)
     checks = [

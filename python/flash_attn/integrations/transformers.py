@@ -47,7 +47,7 @@ HARMLESS = {
 def enable(name: str = NAME) -> str:
     """Registers attention and mask under `name`, for attn_implementation=name. -> name."""
     if "flash" in name:
-        raise ValueError(
+        raise InvalidArgument(
             f"name: expected one without 'flash', which transformers rewrites for some models, got {name!r}"
         )
     try:
@@ -122,11 +122,11 @@ def attention(
         if isinstance(attention_mask, RowMask) and attention_mask.padding == "none":
             left, right = attention_mask.left, attention_mask.right
         elif attention_mask is not None:
-            raise ValueError(
+            raise InvalidArgument(
                 "attention_mask: expected none beside cu_seq_lens_q and cu_seq_lens_k, which pack sequences"
             )
         if position_bias is not None:
-            raise ValueError("position_bias: not served beside cu_seq_lens_q and cu_seq_lens_k, which pack sequences")
+            raise NotServed("position_bias: not served beside cu_seq_lens_q and cu_seq_lens_k, which pack sequences")
         starts_q = _as_starts("q", cu_seq_lens_q, max_length_q)
         starts_k = _as_starts("k", cu_seq_lens_k, max_length_k)
         return attend_packed(q, k, v, starts_q, starts_k, left, right, scores), None
@@ -137,7 +137,7 @@ def attention(
     expected = (q.shape[0], 1, q.shape[1], k.shape[1])
     if not isinstance(attention_mask, RowMask) or attention_mask.shape != expected:
         got = tuple(attention_mask.shape)
-        raise ValueError(f"attention_mask: expected {expected} or (batch, seqlen_k), got {got}")
+        raise InvalidArgument(f"attention_mask: expected {expected} or (batch, seqlen_k), got {got}")
     if position_ids is not None:
         attention_mask = _with_sequences(attention_mask, position_ids)
     bias = None if position_bias is None else position_bias.expand(-1, -1, -1, k.shape[1])
@@ -146,10 +146,10 @@ def attention(
 
 def _check_others(others: dict) -> None:
     if others.pop("output_attentions", None):
-        raise ValueError("output_attentions: weights are never held as a whole; attn_implementation='eager' shows them")
+        raise NotServed("output_attentions: weights are never held as a whole; attn_implementation='eager' shows them")
     unknown = [name for name, value in others.items() if value is not None and name not in HARMLESS]
     if unknown:
-        raise NotImplementedError(
+        raise NotServed(
             f"{', '.join(unknown)}: not known to {NAME}, and may change what attention means; this model needs another "
             "attn_implementation ('sdpa' or 'eager')"
         )
@@ -166,13 +166,13 @@ def _as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 def _as_sink(s_aux: Tensor, nheads: int) -> Tensor:
     if s_aux.numel() != nheads:
-        raise ValueError(f"s_aux: expected one sink per head, ({nheads}), got {tuple(s_aux.shape)}")
+        raise InvalidArgument(f"s_aux: expected one sink per head, ({nheads}), got {tuple(s_aux.shape)}")
     return s_aux.flatten()
 
 
 def _as_starts(side: str, cu_seq_lens: Tensor | None, max_length) -> tuple[Tensor, int]:
     if cu_seq_lens is None:
-        raise ValueError(f"cu_seq_lens_{side}: expected beside its counterpart, got None")
+        raise InvalidArgument(f"cu_seq_lens_{side}: expected beside its counterpart, got None")
     if max_length is None:
         max_length = cu_seq_lens.diff().max()
     return cu_seq_lens.to(torch.int32), int(max_length)
