@@ -151,7 +151,8 @@ FLASH_ATTN_API Explanation explain(const Backward& call);
 struct BackendInfo {
   std::string name;
   std::string description;
-  std::string unavailable;  // empty: usable on this machine
+  std::string unavailable;            // empty: usable on this machine
+  std::string forward{}, backward{};  // what it serves, in words: "float32, bfloat16 and float16; all but chunk"
 };
 FLASH_ATTN_API std::vector<BackendInfo> backends();
 

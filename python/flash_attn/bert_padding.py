@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from flash_attn._errors import InvalidArgument
+
 
 class IndexFirstAxis(torch.autograd.Function):
     """x (rows, ...), indices (n) -> (n, ...): x[indices]."""

@@ -45,7 +45,8 @@ Explanation explain(const Backward& call) { return explain_call(call); }
 std::vector<BackendInfo> backends() {
   std::vector<BackendInfo> infos;
   for (const Backend* backend : registered_backends())
-    infos.push_back({std::string(backend->name()), std::string(backend->description()), backend->unavailable()});
+    infos.push_back({std::string(backend->name()), std::string(backend->description()), backend->unavailable(),
+                     serves_text(backend->serves(Pass::forward)), serves_text(backend->serves(Pass::backward))});
   return infos;
 }
 

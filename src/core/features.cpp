@@ -33,7 +33,7 @@ bool has_strided_columns(const Problem& p) {
 std::string headdim_limits(const Serves& serves) {
   std::string text = serves.headdim_multiple > 1 ? "multiples of " + std::to_string(serves.headdim_multiple) : "";
   if (serves.max_headdim > 0) text += (text.empty() ? "up to " : " up to ") + std::to_string(serves.max_headdim);
-  return text + " are";
+  return text;
 }
 
 bool serves_headdim(const Serves& serves, int64_t headdim) {
@@ -44,10 +44,10 @@ std::string dtypes_text(uint32_t dtypes) {
   std::vector<std::string> names;
   for (const DType t : {DType::f32, DType::bf16, DType::f16, DType::f64})
     if (dtypes & bit(t)) names.emplace_back(name_of(t));
-  if (names.size() < 2) return join(names) + " is";
+  if (names.size() < 2) return join(names);
   const std::string last = names.back();
   names.pop_back();
-  return join(names) + " and " + last + " are";
+  return join(names) + " and " + last;
 }
 
 }  // namespace
@@ -88,12 +88,23 @@ Features features_of(const Problem& p) {
   return set;
 }
 
+std::string serves_text(const Serves* serves) {
+  if (!serves) return "nothing";
+  std::string text = dtypes_text(serves->dtypes);
+  if (serves->max_headdim > 0 || serves->headdim_multiple > 1) text += "; headdim " + headdim_limits(*serves);
+  std::vector<std::string_view> lacking;
+  for (std::size_t i = 0; i < kFeatures; ++i)
+    if (!(serves->features >> i & 1)) lacking.push_back(kFeatureNames[i]);
+  return text + (lacking.empty() ? "; every feature" : "; all but " + join(lacking));
+}
+
 std::string refusal(const Serves& serves, const Problem& p) {
   if (!(serves.dtypes & bit(p.dtype)))
-    return std::string("dtype: ") + name_of(p.dtype) + " is not served (" + dtypes_text(serves.dtypes) + ")";
+    return std::string("dtype: ") + name_of(p.dtype) + " is not served (" + dtypes_text(serves.dtypes) +
+           (std::has_single_bit(serves.dtypes) ? " is)" : " are)");
   for (const int64_t headdim : {p.headdim, p.headdim_v})
     if (!serves_headdim(serves, headdim))
-      return "headdim: " + std::to_string(headdim) + " is not served (" + headdim_limits(serves) + ")";
+      return "headdim: " + std::to_string(headdim) + " is not served (" + headdim_limits(serves) + " are)";
   const Features lacking = p.features & ~serves.features;
   if (lacking == 0) return {};
   const auto first = static_cast<Feature>(std::countr_zero(lacking));

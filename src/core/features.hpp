@@ -81,6 +81,9 @@ constexpr uint32_t bit(DType t) { return uint32_t{1} << static_cast<int>(t); }
 /// Every dtype and every feature.
 extern const Serves kServesAll;
 
+/// "float32, bfloat16 and float16; headdim multiples of 8 up to 256; all but chunk, bias"; "nothing" of nullptr.
+std::string serves_text(const Serves* serves);
+
 /// The first thing that `problem` uses and `serves` lacks, in words that name the argument; empty if there is none.
 std::string refusal(const Serves& serves, const Problem& problem);
 

@@ -15,7 +15,7 @@ namespace flash_attn {
 
 struct Hosted {
   std::string name, description;
-  std::vector<int32_t> devices;             // DLPack's device types
+  std::vector<int32_t> devices;                 // DLPack's device types
   std::optional<Serves> forward{}, backward{};  // absent: nothing
   bool automatic = true;
   std::string unavailable{};  // why this machine cannot use it; empty if it can

@@ -375,7 +375,7 @@ def test_dropout_and_autocast():
 
 REFUSED = {
     "indices": (dict(indices=torch.zeros(1), block_size=3), NotImplementedError, "indices, block_size: not known"),
-    "weights": (dict(output_attentions=True), ValueError, "output_attentions: .*'eager'"),
+    "weights": (dict(output_attentions=True), NotImplementedError, "output_attentions: .*'eager'"),
     "sinks": (dict(s_aux=torch.zeros(3)), ValueError, r"s_aux: .* \(4\), got \(3,\)"),
     "half-packed": (dict(cu_seq_lens_q=torch.tensor([0, 9])), ValueError, "cu_seq_lens_k: .* got None"),
     "mask": (dict(attention_mask=torch.ones(2, 9, 9)), ValueError, r"attention_mask: expected .* got \(2, 9, 9\)"),

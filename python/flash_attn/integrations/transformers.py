@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from flash_attn import flash_attn_func
+from flash_attn._errors import InvalidArgument, NotServed
 from flash_attn.integrations._attend import as_bias, attend, attend_packed
 from flash_attn.integrations._mask_functions import read
 from flash_attn.integrations._row_mask import RowMask, row_mask
