@@ -16,7 +16,7 @@ INPUTS = (
 
 
 def _lengths(cu, used, fixed, batch):
-    lengths = (cu[1:] - cu[:-1]) if cu is not None else torch.full((batch,), fixed)
+    lengths = (cu[1:] - cu[:-1]) if cu is not None else torch.full((min(batch, 1),), fixed)
     return lengths if used is None else used
 
 

@@ -33,7 +33,7 @@ def _quiet(device: torch.device):
     Inference mode, as caches may have been made in it, and such tensors can be written nowhere else.
     """
     with torch.inference_mode():
-        if torch.is_autocast_enabled(device.type):
+        if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
             with torch.autocast(device.type, enabled=False):
                 yield
         else:

@@ -1,8 +1,8 @@
 """What forward and backward share: the operands in blocks, and the score pipeline.
 
-Blocks have heads before rows: queries (C, H, R, D) of sequences `b` and rows `i`, keys (C, Hk, N, D) of keys `j`, scores
-(C, H, R, N). Sums are in fp32, fp64 for fp64. Products of fp32 are exact unless torch's own switches ask for TF32
-(torch.backends.cuda.matmul, torch.set_float32_matmul_precision): nothing here touches these.
+Blocks have heads before rows: queries (C, H, R, D) of sequences `b` and rows `i`, keys (C, Hk, N, D), the `j` of them,
+scores (C, H, R, N). Sums are in fp32, fp64 for fp64. Products of fp32 are exact unless torch's own switches ask for
+TF32 (torch.backends.cuda.matmul, torch.set_float32_matmul_precision): nothing here touches these.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class Attention:
         return x.to(self.dtype)
 
     def scores(self, q: Tensor, k: Tensor, b: slice, i: slice, j: slice, seen: Tensor | None, slopes: bool = False):
-        """-> s (C, H, R, N), -inf where hidden; and ds / du, u = scale * q.k (None: 1 everywhere)."""
+        """-> s (C, H, R, N), -inf where hidden; and ds / du, u = scale * q.k, 0 where hidden (None: 1 everywhere)."""
         p, t = self.p, self.t
         s = self.ungrouped(self.grouped(q) @ k.mT) * p.scale
         slope = None
@@ -110,7 +110,10 @@ class Attention:
             s = s - alibi.to(self.dtype)[..., None, None] * distance[:, None]
         if t.bias is not None:
             s = s + self.bias(b, i, j)
-        return (s if seen is None else s.masked_fill(~seen, -torch.inf)), slope
+        if seen is not None:
+            s = s.masked_fill(~seen, -torch.inf)
+            slope = None if slope is None else slope.masked_fill(~seen, 0.0)
+        return s, slope
 
     def factors(self, b: slice, i: slice, j: slice) -> Tensor:
         return self.dropout.factors(b, i, j, self.dtype)

@@ -1,7 +1,8 @@
 """Gradients, from the same blocks. With P, Z as in the forward, g = dout_i, e = dlse_i (0 if absent):
 
   dv_j += Z_j P_j g     dP_j = Z_j (g . v_j)     ds_j = P_j (dP_j - delta + e), delta = g . out
-  dbias_j = ds_j        du_j = ds_j (ds/du)_j    dq = scale sum_j du_j k_j, dk_j += scale du_j q     dsink = P_sink (e - delta)
+  dbias_j = ds_j        du_j = ds_j (ds/du)_j    dq = scale sum_j du_j k_j, dk_j += scale du_j q
+  dsink = P_sink (e - delta)
 
 P is computed afresh from q and k, as exp(s - m) / l, with m and l from a pass of their own. The lse that the forward
 wrote is one number in fp32, which loses l beside a large m: a row of biases of -1e9 has no digits left of log(l), and
@@ -81,6 +82,8 @@ class Gradients:
         seen = None if full else visible(r.intervals, j)
         s, slope = a.scores(q, k, b, i, j, seen, slopes=True)
         p = torch.exp(s - r.base) / r.total
+        if seen is not None:
+            p = p.masked_fill(~seen, 0.0)  # NaN so far, in a row that sees one
         dp = a.ungrouped(a.grouped(dout) @ v.mT)
         kept = p
         if a.dropout is not None:

@@ -2,8 +2,8 @@
 
 An entry of 0 for what a row does not see is not enough: 0 * inf and 0 * NaN are NaN, and a NaN would reach rows that do
 not depend on it. So the finite part of `b` is multiplied as it is, and what is not finite is counted over visible
-entries: `hits` of any kind, `signed` those with the sign of their product. Where all hits are infinities of one sign the
-result is that infinity, else NaN (which is also what a visible 0 * inf gives).
+entries: `hits` of any kind, `signed` those with the sign of their product. Where all hits are infinities of one sign
+the result is that infinity, else NaN (which is also what a visible 0 * inf gives).
 """
 
 from __future__ import annotations

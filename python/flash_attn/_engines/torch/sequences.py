@@ -1,8 +1,8 @@
 """Who attends to whom: where the rows of every sequence lie, from the many ways to say it.
 
-Operands are seen as (entry, row, head, col): a packed tensor is the only entry, a page is an entry. Lengths that are the
-same for all sequences and known to the host stay Python ints; lengths in tables stay tensors (batch), are never read by
-the host, and are clamped: no content leads outside the memory (entries * rows).
+Operands are seen as (entry, row, head, col): a packed tensor is the only entry, a page is an entry. Lengths that are
+the same for all sequences and known to the host stay Python ints; lengths in tables stay tensors (batch), are never
+read by the host, and are clamped: no content leads outside the memory (entries * rows).
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ def as_rows(x: Tensor) -> Tensor:
 
 def lse_as_rows(x: Tensor) -> Tensor:
     """(batch, heads, rows) or packed (heads, total) -> (entry, row, head, 1)."""
-    return as_rows(x.transpose(-1, -2))[..., None] if x.dim() == 3 else x.t()[None, ..., None]
+    x = x.transpose(-1, -2)[..., None]
+    return x if x.dim() == 4 else x[None]
 
 
 @dataclass(frozen=True)
