@@ -80,6 +80,25 @@ def test_rows_of_nothing_leave_no_trace(dtype):
         assert got["dv"].any() and not got["dbias"][0, 0, 2].any()
 
 
+def test_a_row_whose_scores_are_all_minus_infinity_sees_nothing():
+    q, v, dout = normal(1, 3, 1, 4).abs(), normal(1, 5, 1, 4), normal(1, 3, 1, 4)
+    k = normal(1, 5, 1, 4)
+    k[..., 2] = -torch.inf
+    x = {"q": q, "k": k, "v": v, "dout": dout, "dlse": torch.ones(1, 1, 3)}
+    got, exact = run_engine(ENGINE, **x), oracle(**x)
+    for name, y in exact.items():
+        assert torch.equal(got[name].double(), y.double()), name
+
+
+def test_a_row_of_a_sink_alone_does_not_depend_on_dout():
+    q, k, v, dout = (normal(1, n, 1, 4) for n in (5, 2, 2, 5))
+    dout[0, 1] = torch.nan  # rows 0, 1 and 2 see no key
+    x = {"q": q, "k": k, "v": v, "dout": dout, "dlse": torch.randn(1, 1, 5), "sink": normal(1), "causal": True}
+    got, exact = run_engine(ENGINE, **x), oracle(**x)
+    for name, y in exact.items():
+        torch.testing.assert_close(got[name].double(), y.double(), rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("low", [-1e9, torch.finfo(torch.float32).min, -1e300])
 def test_a_finite_bias_never_hides_a_key(low):
     q, k, v, dout = (torch.randn(1, 5, 2, 8) * 0.1 for _ in range(4))
@@ -156,19 +175,18 @@ def cache_call(layout: str, dtype, g: torch.Generator) -> dict:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("layout", ["fixed", "entries", "pages"])
-@pytest.mark.parametrize("new", ["fixed", "packed", "packed, none", "packed, with a tail"])
+@pytest.mark.parametrize("new", ["fixed", "packed", "packed, none", "packed, with a tail", "none but a tail"])
 @pytest.mark.parametrize("rotary", ["", "halves", "pairs", "positions", "fp32 tables"])
 def test_new_keys_join_the_cache_as_in_the_oracle(dtype, layout, new, rotary):
     g = torch.Generator().manual_seed(11)
     a = cache_call(layout, dtype, g)
     if layout != "entries":
         a["leftpad_k"] = torch.tensor([3, 0, 10], dtype=torch.int32)
-    if new == "fixed":
-        shape = (3, 7)
-    else:
-        cu = torch.tensor([0, 0, 0, 0] if new == "packed, none" else [0, 4, 4, 13], dtype=torch.int32)
+    shape = (3, 7)
+    if new != "fixed":
+        cu = torch.tensor([0, 0, 0, 0] if "none" in new else [0, 4, 4, 13], dtype=torch.int32)
         a["cu_seqlens_new"] = cu
-        shape = (int(cu[-1]) + (2 if new == "packed, with a tail" else 0),)
+        shape = (int(cu[-1]) + (2 if "tail" in new else 0),)
     for name in ("new_k", "new_v"):
         a[name] = torch.randn(*shape, 2, 32, generator=g).to(dtype)
     if rotary:

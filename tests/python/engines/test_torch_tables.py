@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support.per_sequence import attend
+from support.per_sequence import attend, places
 from support.problem import run_engine
 
 from .test_torch import ENGINE, FULL, blocks_of
@@ -90,18 +90,55 @@ def tables(draw) -> dict:
     return a
 
 
+def poison(a: dict, gradients: dict) -> None:
+    """NaN in all memory that belongs to no sequence: nothing of it is anybody's."""
+    batch = a["q"].shape[0] if "cu_seqlens_q" not in a else a["cu_seqlens_q"].numel() - 1
+    of_q, of_k = (
+        torch.zeros(x.shape[:-2] if x.dim() == 4 else (1, x.shape[0]), dtype=torch.bool) for x in (a["q"], a["k"])
+    )
+    of_bias = torch.zeros(a["bias"].shape, dtype=torch.bool) if "bias" in a else None
+    for b in range(batch):
+        (entry, rows), keys = places(b, a)
+        of_q[entry, rows] = True
+        for place in keys:
+            of_k[place] = True
+        if of_bias is not None:
+            of_rows = slice(0, rows.stop - rows.start) if of_bias.shape[2] > 1 else slice(None)
+            of_bias[b if of_bias.shape[0] > 1 else 0, :, of_rows, : len(keys)] = True
+
+    def lost(x, kept):
+        return x.masked_fill(~kept, torch.nan)
+
+    for name, kept in (("q", of_q), ("k", of_k), ("v", of_k)):
+        a[name] = lost(a[name], kept.view(a[name].shape[:-2])[..., None, None])
+    kept = of_q.view(a["q"].shape[:-2])
+    gradients["dout"] = lost(gradients["dout"], kept[..., None, None])
+    gradients["dlse"] = lost(gradients["dlse"], kept[:, None] if kept.dim() == 2 else kept)
+    if of_bias is not None:
+        a["bias"] = lost(a["bias"], of_bias)
+
+
 @settings(
     max_examples=1000 if FULL else 150, deadline=None, derandomize=True, database=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )  # fmt: skip
-@given(tables(), st.booleans(), st.sampled_from([(512, 512), (16, 16), (7, 8)]), st.sampled_from([1 << 10, 1 << 23]))
-def test_every_table_means_what_it_says(a: dict, on_device: bool, blocks, elements):
+@given(
+    tables(),
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from([(512, 512), (16, 16), (7, 8)]),
+    st.sampled_from([1 << 10, 1 << 23]),
+)
+def test_every_table_means_what_it_says(a: dict, on_device: bool, poisoned: bool, blocks, elements):
     g = torch.Generator().manual_seed(1)
     dout = torch.randn((*a["q"].shape[:-1], a["v"].shape[-1]), generator=g, dtype=torch.float64)
     heads_first = (1, 0) if a["q"].dim() == 3 else (0, 2, 1)
     dlse = torch.randn([a["q"].shape[d] for d in heads_first], generator=g)
+    gradients = {"dout": dout, "dlse": dlse}
+    if poisoned:
+        poison(a, gradients)
     with blocks_of(*blocks, elements):
-        got = run_engine(ENGINE, dout=dout, dlse=dlse, on_device=on_device, **a)
+        got = run_engine(ENGINE, **a, **gradients, on_device=on_device)
     for name, x in attend(dout, dlse, a).items():
         tolerance = 1e-5 if name in ("lse", "dbias", "dsink") else 1e-10  # fp32, and fp64
         torch.testing.assert_close(

@@ -28,7 +28,7 @@ def append(a: Attention) -> None:
         if packed:
             b = torch.searchsorted(t.cu_seqlens_new[1:].long(), row, right=True).clamp(max=p.batch - 1)
             i = row - a.sequences.new_start[b]
-            valid = (i >= 0) & (i < a.sequences.new[b])
+            valid = i < a.sequences.new[b]
         k, v = new_k[entry, row], new_v[entry, row]  # (n, heads, cols)
         if a.rotary is not None:
             k = a.rotary(k, _of(a.rotary.first, b) + i)
