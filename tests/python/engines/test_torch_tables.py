@@ -71,10 +71,12 @@ def tables(draw) -> dict:
 
     window = st.one_of(st.just(-1), st.integers(0, 30))
     a |= {
-        "causal": draw(st.booleans()), "window_size": (draw(window), draw(window)),
-        "chunk": draw(st.sampled_from([0, 0, 5, 16])), "softcap": draw(st.sampled_from([0.0, 2.0])),
-        "max_seqlen_q": 40, "max_seqlen_k": 40 if layout == "packed" else None,
+        "softcap": draw(st.sampled_from([0.0, 2.0])), "max_seqlen_q": 40,
+        "max_seqlen_k": 40 if layout == "packed" else None,
     }  # fmt: skip
+    if draw(st.booleans()):
+        a |= {"causal": draw(st.booleans()), "window_size": (draw(window), draw(window))}
+        a["chunk"] = draw(st.sampled_from([0, 0, 5, 16]))
     if draw(st.booleans()):
         a["sink"] = normal(nheads_k * group)
     if draw(st.booleans()):
