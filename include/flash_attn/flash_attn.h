@@ -30,7 +30,8 @@ enum {
   FLASH_ATTN_TYPE_MISMATCH = 2,    /* a dtype */
   FLASH_ATTN_NOT_SUPPORTED = 3,    /* well-formed, but no backend (or not the chosen one) serves it */
   FLASH_ATTN_INTERNAL = 4,         /* a defect of the library */
-  FLASH_ATTN_OUT_OF_MEMORY = 5
+  FLASH_ATTN_OUT_OF_MEMORY = 5,
+  FLASH_ATTN_DEVICE_FAILURE = 6 /* a driver or a launch failed; outputs may be half written */
 };
 
 enum {
@@ -57,6 +58,13 @@ typedef struct flash_attn_tensor {
 
 /* A contiguous tensor in the CPU's memory. An ndim outside [0, 5] or a null `shape` gives one that is refused. */
 flash_attn_tensor flash_attn_view(const void* data, int32_t dtype, int32_t ndim, const int64_t* shape);
+
+/* Memory of a device, ordered on a stream. All null: the backend takes the device's own pool. */
+typedef struct flash_attn_allocator {
+  void* (*allocate)(void* context, int32_t device_type, int32_t device_index, int64_t bytes, void* stream);
+  void (*release)(void* context, int32_t device_type, int32_t device_index, void* memory, void* stream);
+  void* context;
+} flash_attn_allocator;
 
 /* What forward and backward share. Null tensors are absent. */
 typedef struct flash_attn_options {
@@ -94,6 +102,12 @@ typedef struct flash_attn_options {
   const char* backend;        /* null: FLASH_ATTENTION_BACKEND, else the best that serves the call */
   int32_t positive_empty_lse; /* 0: the lse of a row that sees nothing is -inf; 1: +inf */
   int32_t deterministic;      /* 0; CPU backends always are */
+
+  /* Devices: fields of the second release. */
+  void* stream;                           /* of q's device (cudaStream_t, ...); null: its default stream */
+  flash_attn_allocator allocator;         /* of workspace on q's device */
+  const flash_attn_tensor* dropout_state; /* int64 (2) on q's device: (seed, offset), instead of the two above */
+  int64_t used_k;                         /* -1; that many keys of every sequence, instead of seqused_k */
 } flash_attn_options;
 
 typedef struct flash_attn_forward_args {

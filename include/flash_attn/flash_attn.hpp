@@ -33,11 +33,12 @@ struct Sequences {
   Tensor block_table{};      // (batch, max_blocks): k, v are pages (num_blocks, page_size, nheads_k, headdim)
   int64_t max_seqlen_q = -1;
   int64_t max_seqlen_k = -1;
+  int64_t used_k = -1;  // that many keys of every sequence, instead of seqused_k; -1: not given
 };
 
 /// Keys and values that join a cache before attention, which sees them too. Those of sequence b are written to its rows
-/// [seqused_k[b], seqused_k[b] + new): k and v of the call are then outputs as well, and seqused_k is required. It
-/// stays as it is: the caller counts.
+/// [seqused_k[b], seqused_k[b] + new): k and v of the call are then outputs as well, and seqused_k (or used_k) is
+/// required. It stays as it is: the caller counts.
 struct NewKeys {
   Tensor k{};           // (batch, seqlen_new, nheads_k, headdim) | (total_new, nheads_k, headdim) with cu_seqlens
   Tensor v{};           // (batch, seqlen_new, nheads_k, headdim_v) | (total_new, nheads_k, headdim_v)
@@ -73,13 +74,28 @@ struct Dropout {
   double p = 0.0;
   uint64_t seed = 0;
   uint64_t offset = 0;
+  Tensor state{};  // int64 (2) on q's device: (seed, offset), instead of the two; a device's is read by its kernels
 };
 
-/// How to run, never what to compute.
+/// Memory of a device, ordered on a stream: `release` may hand it out again before the stream has passed. All absent:
+/// the backend takes the device's own pool.
+struct Allocator {
+  // Returns nullptr if there is no memory.
+  void* (*allocate)(void* context, int32_t device_type, int32_t device_index, int64_t bytes, void* stream) = nullptr;
+  void (*release)(void* context, int32_t device_type, int32_t device_index, void* memory, void* stream) = nullptr;
+  void* context = nullptr;
+};
+
+/// How to run, never what to compute. On a device a call returns once its work is queued on `stream`; memory of the
+/// call must live until the stream has passed it.
 struct Run {
   std::string backend{};            // empty: FLASH_ATTENTION_BACKEND, else the best that serves the call
   bool positive_empty_lse = false;  // lse of a row that sees nothing: -inf, or +inf as in FlashAttention-2
   bool deterministic = false;       // CPU backends always are
+  void* stream = nullptr;           // of q's device (cudaStream_t, hipStream_t, ...); nullptr: its default stream
+  Allocator allocator{};            // of workspace on q's device
+  std::string prefer{};             // asked first where no backend is named: a backward's, whoever ran the forward
+  bool differentiable = false;      // a backward will follow: a *named* backend must serve it too
 };
 
 /// Shapes: fixed length (batch, seqlen, nheads, headdim), or packed (total, nheads, headdim) with cu_seqlens.

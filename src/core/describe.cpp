@@ -2,6 +2,7 @@
 #include <cstdio>
 #include <string>
 
+#include "core/check.hpp"
 #include "core/problem.hpp"
 
 namespace flash_attn {
@@ -15,7 +16,7 @@ std::string number(double x) {
 
 std::string lengths(const Problem& p) {
   const SequenceTable& t = p.sequences;
-  const bool ragged = t.cu_seqlens_q || t.cu_seqlens_k || t.seqused_q || t.seqused_k || t.leftpad_k;
+  const bool ragged = t.cu_seqlens_q || t.cu_seqlens_k || t.seqused_q || t.counts_keys() || t.leftpad_k;
   return std::string(ragged ? "seqlen up to " : "seqlen ") + std::to_string(p.max_seqlen_q) + " x " +
          std::to_string(p.max_seqlen_k);
 }
@@ -25,7 +26,7 @@ void add_sequences(std::string& text, const Problem& p) {
   if (t.cu_seqlens_q || (t.cu_seqlens_k && t.page_size == 0)) text += ", packed";
   if (t.page_size > 0) text += ", pages of " + std::to_string(t.page_size);
   if (t.seqused_q) text += ", seqused_q";
-  if (t.seqused_k) text += ", seqused_k";
+  if (t.counts_keys()) text += ", seqused_k";
   if (t.leftpad_k) text += ", leftpad_k";
   if (t.cache_batch_idx) text += ", cache_batch_idx";
   if (p.append.rows > 0) text += t.cu_seqlens_new ? ", new keys" : ", " + std::to_string(p.append.rows) + " new keys";
@@ -61,7 +62,7 @@ std::string describe(const Problem& p) {
   text += ", " + lengths(p);
   add_sequences(text, p);
   add_scores(text, p);
-  if (!p.device.is_cpu()) text += ", on device " + std::to_string(p.device.type) + ":" + std::to_string(p.device.index);
+  if (!p.device.is_cpu()) text += ", on " + device_text(p.device);
   return text;
 }
 
