@@ -14,7 +14,7 @@ from flash_attn._engines.torch.sequences import Rows
 from support.problem import make_problem, run_engine
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .test_torch import ENGINE, blocks_of
+from .test_torch import ENGINE, blocks_of, without_state
 
 normal = partial(torch.randn, dtype=torch.float64)
 GRADIENTS = ("dq", "dk", "dv")
@@ -74,7 +74,7 @@ def test_rows_of_nothing_leave_no_trace(dtype):
     dlse = torch.zeros(1, 1, 4)
     dlse[0, 0, 2] = torch.nan
     for empty in (torch.inf, -torch.inf):
-        got = run_engine(ENGINE, q=q, k=k, v=v, dout=dout, dlse=dlse, bias=bias, empty_lse=empty)
+        got = run_engine(ENGINE, q=q, k=k, v=v, dout=dout, dlse=dlse, bias=bias, positive_empty_lse=empty > 0)
         assert got["lse"][0, 0, 2] == empty and not got["out"][0, 2].any() and not got["dq"][0, 2].any()
         assert all(got[name].isfinite().all() for name in (*GRADIENTS, "dbias"))
         assert got["dv"].any() and not got["dbias"][0, 0, 2].any()
@@ -145,12 +145,11 @@ def test_drops_what_the_oracle_drops(on_device):
     x = {"q": q, "k": k, "v": v, "dropout_p": 0.3, "on_device": on_device}
     with blocks_of(8, 16):
         as_tensor = run_engine(ENGINE, **x, dropout_state=state)["out"]
-        as_numbers = run_engine(ENGINE, **x, seed=int(state[0]), offset=int(state[1]))["out"]
+        as_numbers = run_engine(ENGINE, **x, dropout_state=state, change=without_state)["out"]
     assert torch.equal(as_tensor == 0, exact == 0) and torch.equal(as_tensor, as_numbers)
     assert 0.25 < (exact == 0).double().mean() < 0.35
-    # uint64 numbers and their int64 image are the same
-    big = run_engine(ENGINE, **x, seed=2**64 - 3, offset=2**63 + 7)["out"]
-    assert torch.equal(big, run_engine(ENGINE, **x, dropout_state=torch.tensor([-3, 7 - 2**63]))["out"])
+    x["dropout_state"] = torch.tensor([-3, 7 - 2**63])  # uint64 numbers, and their image in int64
+    assert torch.equal(run_engine(ENGINE, **x)["out"], run_engine(ENGINE, **x, change=without_state)["out"])
 
 
 # Keys join a cache.
@@ -257,10 +256,18 @@ def garbage_calls() -> dict[str, dict]:
         "packed": packed | packed_k | used,
         "packed, short bounds": packed | packed_k | used | {"max_seqlen_q": 3, "max_seqlen_k": 6},
         "pages": packed | pages | used,
-        "pages, cu_seqlens_k": packed | pages | used | {"cu_seqlens_k": table(4)},
+        "pages, cu_seqlens_k": packed | pages | used | {"cu_seqlens_k": table(4), "max_seqlen_k": 20},
         "append": {"q": q} | fixed | used | new,
         "append to pages": packed | pages | used | new,
     }
+
+
+def gradients_of(call: dict) -> dict:
+    """dout and dlse, unless the call is one of a KV cache, which has no gradient."""
+    if any(name in call for name in ("new_k", "block_table", "cache_batch_idx")):
+        return {}
+    packed = call["q"].dim() == 3
+    return {"dout": torch.rand(call["q"].shape), "dlse": torch.rand(call["q"].shape[:-1]).mT if packed else None}
 
 
 def dice(shape, g: torch.Generator) -> torch.Tensor:
@@ -288,9 +295,13 @@ def test_garbage_in_tables_leads_nowhere(layout):
     g = torch.Generator().manual_seed(0)
     with mock.patch.object(Rows, "locate", checked):
         for _ in range(40):
-            a = call | {name: dice(call[name].shape, g) for name in TABLES if name in call}
-            backward = {} if "new_k" in a else {"dout": torch.rand(a["q"].shape), "dlse": None}
-            got = run_engine(ENGINE, **a, causal=True, on_device=True, **backward)
+
+            def change(t):
+                for name in TABLES:
+                    if getattr(t, name) is not None:
+                        setattr(t, name, dice(getattr(t, name).shape, g))
+
+            got = run_engine(ENGINE, **call, causal=True, on_device=True, change=change, **gradients_of(call))
             assert got["out"].isfinite().all()
 
 
@@ -319,13 +330,11 @@ def test_nothing_waits_for_the_device(layout, device):
         "causal": True, "softcap": 2.0, "dropout_p": 0.5, "dropout_state": torch.tensor([3, 4]), "sink": torch.rand(2),
         "alibi_slopes": torch.rand(3, 2), "on_device": True,
     }  # fmt: skip
-    problems = [make_problem(**call)]
-    p, t = problems[0]
+    p, t = make_problem(**call)
     call["bias"] = torch.rand(1, 2, 1, p.max_seqlen_k, dtype=torch.float64)
     problems = [make_problem(**call)]
-    if "new_k" not in call:
-        more = {"dout": torch.rand(t.out.shape), "out": t.out, "lse": t.lse, "dlse": torch.rand(t.lse.shape)}
-        problems.append(make_problem(**call, **more, is_backward=True))
+    if gradients := gradients_of(call):
+        problems.append(make_problem(**call, **gradients, out=t.out, lse=t.lse, is_backward=True))
     for p, t in problems:
         for name, x in vars(t).items():
             if isinstance(x, torch.Tensor):
