@@ -11,6 +11,7 @@ from flash_attn._attention import check_constants, plain_numbers
 from flash_attn._backend import current
 from flash_attn._call import NewKeys, Rotary, Run, Scores, Sequences, check_tensors, extended, scores_of
 from flash_attn._errors import InvalidArgument, InvalidType
+from flash_attn._flops import cache_flops
 from flash_attn._library import declare, define, pick
 from flash_attn._refusal import refuse_gradient
 from flash_attn._tensors import empty_lse, empty_out, is_plain
@@ -50,6 +51,7 @@ define(
     f"_flash_attn_kvcache_forward(Tensor q, Tensor k_cache, Tensor v_cache, {_GROUPS}) -> (Tensor, Tensor)",
     _operator,
     _fake,
+    cache_flops,
 )
 define(
     "_flash_attn_kvcache_append(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor? new_k, Tensor? new_v, "
@@ -57,6 +59,7 @@ define(
     f"Tensor? rotary_positions, {_GROUPS}) -> (Tensor, Tensor)",
     _operator,
     _fake,
+    cache_flops,
 )
 
 

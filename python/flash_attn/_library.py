@@ -11,6 +11,7 @@ import typing
 import torch
 from torch import Tensor
 
+from flash_attn import _flops
 from flash_attn._refusal import refuse_gradient
 from flash_attn._tensors import is_plain
 
@@ -43,8 +44,9 @@ def pick(group, call: dict):
     return group(**{name: call[name] for name in group._fields if name in call})
 
 
-def define(schema: str, function, fake) -> None:
-    """`function` gets a dict of all arguments by name, and so does `fake`, which returns tensors of the same shapes."""
+def define(schema: str, function, fake, flops) -> None:
+    """`function` gets a dict of all arguments by name; so do `fake`, which returns tensors of the same shapes, and
+    `flops`, which counts."""
     name = schema[: schema.index("(")]
     _library.define(schema, tags=_TAGS)
     operator = getattr(torch.ops.flash_attn, name).default
@@ -76,3 +78,4 @@ def define(schema: str, function, fake) -> None:
     _library.impl(name, run, "CompositeExplicitAutograd")
     _library.impl(name, run_in_autograd, "Autograd", with_keyset=True)
     torch.library.register_fake(f"flash_attn::{name}", run_fake, lib=_library)
+    _flops.register(getattr(torch.ops.flash_attn, name), names, flops)

@@ -13,6 +13,7 @@ from flash_attn import _attention, _run
 from flash_attn._backend import current
 from flash_attn._call import NO_DROPOUT, Dropout, Run, Scores, Sequences
 from flash_attn._errors import InvalidArgument
+from flash_attn._flops import backward_flops, forward_flops
 from flash_attn._library import declare, define, pick
 from flash_attn._s_dmask import empty_s_dmask, round_multiple, sequence_of_rows
 from flash_attn._tensors import empty_extras, empty_gradients, empty_lse, empty_out
@@ -76,6 +77,7 @@ define(
     f"SymInt window_size_right, float softcap, Tensor? alibi_slopes, bool return_softmax, {_FORWARD_TAIL}",
     _forward,
     _fake_forward,
+    forward_flops,
 )
 # zero_tensors and num_splits say how to compute, not what: rows of no sequence are always zero here.
 define(
@@ -86,6 +88,7 @@ define(
     f"SymInt num_splits=0, {declare(Sequences, without=_UPSTREAMS_SEQUENCES)}, {_FORWARD_TAIL}",
     _forward,
     _fake_forward,
+    forward_flops,
 )
 
 # ---- Backward --------------------------------------------------------------------------------------------------------
@@ -147,12 +150,14 @@ define(
     f"_flash_attn_backward({_BACKWARD}{_WRITTEN}{_BACKWARD_SCORES}) -> Tensor",
     _backward,
     _fake_backward,
+    backward_flops,
 )
 define(
     f"_flash_attn_varlen_backward({_BACKWARD}{_WRITTEN}Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, "
     f"SymInt max_seqlen_k, {_BACKWARD_SCORES}, bool zero_tensors=False) -> Tensor",
     _backward,
     _fake_backward,
+    backward_flops,
 )
 
 
@@ -178,4 +183,5 @@ define(
     "bool wants_dbias) -> Tensor[]",
     _gradients,
     _fake_gradients,
+    backward_flops,
 )
