@@ -66,7 +66,7 @@ def run_on_engine(p: Problem, inputs, dout, dlse, on_device: bool, state: bool) 
 
 
 @settings(
-    max_examples=1000 if FULL else 150, deadline=None, derandomize=True, database=None,
+    max_examples=1000 if FULL else 100, deadline=None, derandomize=True, database=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )  # fmt: skip
 @given(

@@ -40,8 +40,8 @@ class Attention:
     # Blocks of operands.
 
     def read(self, x: Tensor, rows: Rows, b: slice, r: slice) -> Tensor:
-        """(C, heads, n, cols) of an operand (entry, row, head, col)."""
-        return rows.read(x, b, r).to(self.dtype).transpose(1, 2)
+        """(C, heads, n, cols) of an operand (entry, row, head, col). Side by side, so that no bit depends on strides."""
+        return rows.read(x, b, r).to(self.dtype).transpose(1, 2).contiguous()
 
     def queries(self, b: slice, i: slice) -> Tensor:
         q = self.q_rows.read(as_rows(self.t.q), b, i)
