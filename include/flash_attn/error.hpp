@@ -4,6 +4,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "flash_attn/export.h"
+
 namespace flash_attn {
 
 enum class ErrorCode : int {
@@ -18,7 +20,7 @@ enum class ErrorCode : int {
 
 /// Thrown before anything is written, unless the code is device_failure. The message names the argument, what was
 /// expected and what came. A fault while a kernel runs on a device surfaces where the caller next synchronises.
-class Error : public std::runtime_error {
+class FLASH_ATTN_API Error : public std::runtime_error {
  public:
   Error(ErrorCode code, const std::string& message) : std::runtime_error(message), code_(code) {}
   ErrorCode code() const noexcept { return code_; }

@@ -18,6 +18,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "flash_attn/export.h"
+
 #ifdef __cplusplus
 extern "C" {
 #endif
@@ -57,7 +59,7 @@ typedef struct flash_attn_tensor {
 } flash_attn_tensor;
 
 /* A contiguous tensor in the CPU's memory. An ndim outside [0, 5] or a null `shape` gives one that is refused. */
-flash_attn_tensor flash_attn_view(const void* data, int32_t dtype, int32_t ndim, const int64_t* shape);
+FLASH_ATTN_API flash_attn_tensor flash_attn_view(const void* data, int32_t dtype, int32_t ndim, const int64_t* shape);
 
 /* Memory of a device, ordered on a stream. All null: the backend takes the device's own pool. */
 typedef struct flash_attn_allocator {
@@ -148,32 +150,34 @@ typedef struct flash_attn_backward_args {
 } flash_attn_backward_args;
 
 /* Set the defaults above and struct_size; `size` is sizeof the struct. */
-int flash_attn_options_init(flash_attn_options* options, size_t size);
-int flash_attn_forward_args_init(flash_attn_forward_args* args, size_t size);
-int flash_attn_backward_args_init(flash_attn_backward_args* args, size_t size);
+FLASH_ATTN_API int flash_attn_options_init(flash_attn_options* options, size_t size);
+FLASH_ATTN_API int flash_attn_forward_args_init(flash_attn_forward_args* args, size_t size);
+FLASH_ATTN_API int flash_attn_backward_args_init(flash_attn_backward_args* args, size_t size);
 
-int flash_attn_forward(const flash_attn_forward_args* args);
-int flash_attn_backward(const flash_attn_backward_args* args);
+FLASH_ATTN_API int flash_attn_forward(const flash_attn_forward_args* args);
+FLASH_ATTN_API int flash_attn_backward(const flash_attn_backward_args* args);
 
 /* What the call would do, in words: the problem, each backend's answer, the plan. Writes at most `capacity` bytes to
  * `text`, always ended by a zero byte if capacity > 0; `needed` (optional) receives the bytes of the whole. */
-int flash_attn_explain_forward(const flash_attn_forward_args* args, char* text, size_t capacity, size_t* needed);
-int flash_attn_explain_backward(const flash_attn_backward_args* args, char* text, size_t capacity, size_t* needed);
+FLASH_ATTN_API int flash_attn_explain_forward(const flash_attn_forward_args* args, char* text, size_t capacity,
+                                              size_t* needed);
+FLASH_ATTN_API int flash_attn_explain_backward(const flash_attn_backward_args* args, char* text, size_t capacity,
+                                               size_t* needed);
 
 /* Words of this thread's last failure, "" if its last call succeeded; valid until its next call. Never null. */
-const char* flash_attn_last_error(void);
+FLASH_ATTN_API const char* flash_attn_last_error(void);
 
-const char* flash_attn_version(void);
+FLASH_ATTN_API const char* flash_attn_version(void);
 
 /* Threads of the CPU backends; n <= 0 restores the default. flash_attn_num_threads returns 0 on failure. */
-int flash_attn_num_threads(void);
-int flash_attn_set_num_threads(int n);
+FLASH_ATTN_API int flash_attn_num_threads(void);
+FLASH_ATTN_API int flash_attn_set_num_threads(int n);
 
 /* Lets the host run the library's tasks: `run` must call task(context, i) once for each i in [0, n), on any threads,
  * and return after the last. A null `run` restores the library's own threads. */
 typedef void (*flash_attn_task)(void* context, int64_t i);
 typedef void (*flash_attn_parallel_for)(void* host, int64_t n, flash_attn_task task, void* context);
-int flash_attn_set_parallel_for(flash_attn_parallel_for run, void* host);
+FLASH_ATTN_API int flash_attn_set_parallel_for(flash_attn_parallel_for run, void* host);
 
 #ifdef __cplusplus
 }

@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "flash_attn/error.hpp"
+#include "flash_attn/export.h"
 #include "flash_attn/tensor.hpp"
 
 namespace flash_attn {
@@ -130,8 +131,8 @@ struct Backward {
 };
 
 /// Computes attention. Throws Error, with nothing written, if the call is malformed or nobody serves it.
-void forward(const Forward& call);
-void backward(const Backward& call);
+FLASH_ATTN_API void forward(const Forward& call);
+FLASH_ATTN_API void backward(const Backward& call);
 
 /// What a call would do, without doing it: every backend's answer, the choice, its plan in words.
 struct Candidate {
@@ -144,30 +145,30 @@ struct Explanation {
   std::vector<Candidate> candidates;
   std::string plan;  // of the chosen backend; empty if nobody serves the call
 };
-Explanation explain(const Forward& call);
-Explanation explain(const Backward& call);
+FLASH_ATTN_API Explanation explain(const Forward& call);
+FLASH_ATTN_API Explanation explain(const Backward& call);
 
 struct BackendInfo {
   std::string name;
   std::string description;
   std::string unavailable;  // empty: usable on this machine
 };
-std::vector<BackendInfo> backends();
+FLASH_ATTN_API std::vector<BackendInfo> backends();
 
 /// The CPU backend's instruction set in use ("avx512", "avx2", "baseline", ...), and all that this machine can run.
 /// FLASH_ATTENTION_CPU_ISA overrides the choice.
-std::string cpu_isa();
-std::vector<std::string> cpu_isas();
+FLASH_ATTN_API std::string cpu_isa();
+FLASH_ATTN_API std::vector<std::string> cpu_isas();
 
 /// Threads of the CPU backends: affinity mask, cgroup quota, FLASH_ATTENTION_NUM_THREADS, OMP_NUM_THREADS decide
 /// the default. Results do not depend on their number. n <= 0 restores the default.
-int num_threads();
-void set_num_threads(int n);
+FLASH_ATTN_API int num_threads();
+FLASH_ATTN_API void set_num_threads(int n);
 
 /// Runs task(i) for i in [0, n) on the host's own threads; must return after the last. An empty function restores ours.
 using ParallelFor = std::function<void(int64_t n, const std::function<void(int64_t)>& task)>;
-void set_parallel_for(ParallelFor host);
+FLASH_ATTN_API void set_parallel_for(ParallelFor host);
 
-const char* version();
+FLASH_ATTN_API const char* version();
 
 }  // namespace flash_attn

@@ -1,5 +1,6 @@
 #include "from_python.hpp"
 
+#include <algorithm>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -37,14 +38,17 @@ const char* words_of(Holds holds) {
   }
 }
 
+[[noreturn]] void refuse_dtype(nb::handle object, const char* name, Holds holds) {
+  const std::string dtype = dtype_name(object);
+  const bool boolean_bias = dtype == "bool" && std::string_view(name) == "attn_bias";
+  throw Error(ErrorCode::type_mismatch,
+              std::string(name) + ": expected " + words_of(holds) + ", got " + dtype +
+                  (boolean_bias ? "; torch.where(mask, 0.0, -inf) is the bias of a mask" : ""));
+}
+
 Tensor convert(const dlpack::Tensor& from, nb::handle object, const char* name, Holds holds) {
   const std::optional<DType> dtype = dtype_of(from.dtype);
-  if (!dtype) {
-    const bool boolean_bias = from.dtype.code == dlpack::kBool && std::string_view(name) == "attn_bias";
-    throw Error(ErrorCode::type_mismatch,
-                std::string(name) + ": expected " + words_of(holds) + ", got " + dtype_name(object) +
-                    (boolean_bias ? "; torch.where(mask, 0.0, -inf) is the bias of a mask" : ""));
-  }
+  if (!dtype) refuse_dtype(object, name, holds);
   Tensor to;
   to.dtype = *dtype;
   to.device = {from.device.type, from.device.id};
@@ -99,8 +103,11 @@ nb::object with_sign(nb::handle object) {
 }
 
 /// The producer's own reason, without the trace that it may carry.
-[[noreturn]] void refuse_export(const char* name) {
+[[noreturn]] void refuse_export(nb::handle object, const char* name, Holds holds) {
   nb::python_error reason;
+  const std::string dtype = dtype_name(object);
+  constexpr std::string_view kKnown[] = {"float16", "bfloat16", "float32", "float64", "int32", "int64", "another"};
+  if (std::find(std::begin(kKnown), std::end(kKnown), dtype) == std::end(kKnown)) refuse_dtype(object, name, holds);
   const std::string message = text(reason.value());
   throw Error(ErrorCode::invalid_argument, std::string(name) + ": expected a dense tensor with memory, got one that " +
                                                "cannot be exported: " + message.substr(0, message.find('\n')));
@@ -124,7 +131,8 @@ Tensor from_capsule(nb::handle object, const char* name, Owners& owners, Holds h
   nb::object capsule = export_of(source);
   if (!capsule
            .is_valid()) {  // what torch says of a tensor that has no dense memory; anything else is the caller's affair
-    if (PyErr_ExceptionMatches(PyExc_RuntimeError) || PyErr_ExceptionMatches(PyExc_BufferError)) refuse_export(name);
+    if (PyErr_ExceptionMatches(PyExc_RuntimeError) || PyErr_ExceptionMatches(PyExc_BufferError))
+      refuse_export(object, name, holds);
     throw nb::python_error();
   }
   owners.push_back(capsule);  // unconsumed: it frees what it owns when it goes
@@ -150,7 +158,7 @@ Tensor tensor(nb::handle object, const char* name, Owners& owners, Holds holds) 
     const nb::object source = with_sign(object);
     if (!source.is(object)) owners.push_back(source);
     dlpack::Tensor borrowed;
-    if (api->tensor_from_object(source.ptr(), &borrowed) != 0) refuse_export(name);
+    if (api->tensor_from_object(source.ptr(), &borrowed) != 0) refuse_export(object, name, holds);
     return convert(borrowed, object, name, holds);
   }
   if (!nb::hasattr(object, "__dlpack__")) {

@@ -7,6 +7,7 @@ traces (torch.compile, export, fake tensors, a dispatch mode), the operators of 
 from __future__ import annotations
 
 import numbers
+from typing import get_args, get_type_hints
 
 import torch
 from torch import Tensor
@@ -25,8 +26,15 @@ _profiler_enabled = torch.autograd._profiler_enabled
 _ops = torch.ops.flash_attn
 _AUTOMATIC = Run()
 
-_DIFFERENTIABLE = ("learnable_sink", "attn_bias")
-_NUMBER_TYPES = (bool, int, float)
+_NUMBER_TYPES = (bool, int, float, torch.SymInt, torch.SymFloat, torch.SymBool)
+
+# Dynamo of torch 2.4 cannot look up `_fields`: what traced code needs of the groups stands here.
+_SEQUENCES, _SCORES = Sequences._fields, Scores._fields
+OF_SEQUENCES, OF_SCORES = (
+    tuple(None if kind == Tensor | None else kind if isinstance(kind, type) else get_args(kind)[0] for kind in kinds)
+    for kinds in (get_type_hints(Group).values() for Group in (Sequences, Scores))
+)
+_WANTED = tuple(_SCORES.index(name) for name in ("learnable_sink", "attn_bias"))  # that may have a gradient
 _CONSTANTS = tuple(Scores._fields.index(name) for name in ("softmax_scale", "softcap", "alibi_slopes"))
 
 
@@ -59,8 +67,8 @@ def _traced(inputs, sequences, scores, dropout_p, deterministic, return_attn_pro
     check_tensors(**dict(zip(("q", "k", "v")[3 - len(inputs) :], inputs, strict=True)))
     needs_grad = _grad_enabled() and _needs_grad(inputs, scores)
     inputs = _distinct(inputs)
-    sequences = Sequences(*_distinct(plain_numbers(sequences)))
-    scores = Scores(*plain_numbers(scores))
+    sequences = Sequences(*_distinct(plain_numbers(sequences, OF_SEQUENCES)))
+    scores = Scores(*plain_numbers(scores, OF_SCORES))
     settings = (len(inputs), needs_grad, dropout_p, deterministic, return_attn_probs)
     return Attention.apply(*settings, *inputs, *sequences, *scores)
 
@@ -97,17 +105,12 @@ def _distinct(values) -> list:
     return distinct
 
 
-_NUMBERS = {"max_seqlen_q": int, "max_seqlen_k": int, "used_k": int, "softmax_scale": float, "softcap": float,
-            "window_size_left": int, "window_size_right": int, "attention_chunk": int, "causal": bool}  # fmt: skip
-
-
-def plain_numbers(group) -> list:
+def plain_numbers(group, conversions: tuple) -> list:
     """The values of a group, with what eager calls take as a number (0-dimensional tensors, NumPy scalars) made one.
     Operators know Python's numbers only; to read a tensor breaks a graph."""
     values = []
-    for name, x in zip(group._fields, group, strict=True):
-        convert = _NUMBERS.get(name)
-        if convert is not None and x is not None and type(x) not in (int, float, bool, torch.SymInt, torch.SymFloat):
+    for convert, x in zip(conversions, group):  # noqa: B905  # Dynamo of torch 2.4 knows no strict zip
+        if convert is not None and x is not None and type(x) not in _NUMBER_TYPES:
             x = convert(x)
         values.append(x)
     return values
@@ -156,8 +159,8 @@ class Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, n, needs_grad, dropout_p, deterministic, return_attn_probs, *flat):
         inputs, rest = flat[:n], flat[n:]
-        sequences = Sequences(*rest[: len(Sequences._fields)])
-        scores = Scores(*rest[len(Sequences._fields) :])
+        sequences = Sequences(*rest[: len(_SEQUENCES)])
+        scores = Scores(*rest[len(_SEQUENCES) :])
         q, k, v = unpacked(inputs)
         plain = is_plain(*inputs)
         if plain:
@@ -190,9 +193,8 @@ class Attention(torch.autograd.Function):
         sequences, scores = _with_tensors(ctx.numbers, tensors)
         if sequences.block_table is not None:
             raise NotServed("block_table: pages of keys and values are not differentiable")
-        first = _SETTINGS + ctx.n + len(Sequences._fields)
-        needed = dict(zip(Scores._fields, ctx.needs_input_grad[first:], strict=True))
-        wants = [needed[name] for name in _DIFFERENTIABLE]
+        needed = ctx.needs_input_grad[_SETTINGS + ctx.n + len(_SEQUENCES) :]
+        wants = [needed[i] for i in _WANTED]
         dropout = NO_DROPOUT if rng_state is None else Dropout(float(ctx.dropout_p), rng_state)
         call = (dout, q, k, v, out, lse, dlse, 3 - ctx.n)
         if is_plain(dout, q, k, v):
@@ -203,9 +205,12 @@ class Attention(torch.autograd.Function):
                 results = refuse_gradient(words, results, (dout, dlse, q, k, v, *scores))
         else:
             results = _ops._flash_attn_gradients(*call, *sequences, *scores, *dropout, ctx.run.deterministic, *wants)
-        extras = iter(results[ctx.n :])
-        of_scores = [next(extras) if needed[name] and name in _DIFFERENTIABLE else None for name in Scores._fields]
-        return *(None,) * _SETTINGS, *results[: ctx.n], *(None,) * len(Sequences._fields), *of_scores
+        of_scores = [None] * len(_SCORES)
+        extras = list(results[ctx.n :])
+        for i in _WANTED:
+            if needed[i]:
+                of_scores[i] = extras.pop(0)
+        return *(None,) * _SETTINGS, *results[: ctx.n], *(None,) * len(_SEQUENCES), *of_scores
 
 
 def _tensors(group) -> list:
@@ -213,25 +218,32 @@ def _tensors(group) -> list:
 
 
 def _without_tensors(group) -> tuple:
-    return tuple(None if isinstance(x, Tensor) else x for x in group)
+    return tuple([None if isinstance(x, Tensor) else x for x in group])
 
 
 def _with_tensors(numbers, tensors) -> tuple[Sequences, Scores]:
-    n = len(Sequences._fields)
-    groups = zip((Sequences, Scores), numbers, (tensors[:n], tensors[n:]), strict=True)
-    return tuple(G(*(x if t is None else t for x, t in zip(xs, ts, strict=True))) for G, xs, ts in groups)
+    values = [*numbers[0], *numbers[1]]
+    for i, x in enumerate(tensors):
+        if x is not None:
+            values[i] = x
+    return Sequences(*values[: len(_SEQUENCES)]), Scores(*values[len(_SEQUENCES) :])
 
 
 def _operator(q, k, v, sequences, scores, dropout_p, return_softmax):
     """The forward as an operator in a graph: -> out, softmax_lse, S_dmask, rng_state."""
-    if scores.softmax_scale is None:
-        scores = Scores(q.shape[-1] ** -0.5 if q.dim() and q.shape[-1] else 1.0, *scores[1:])
-    named = dict(zip(Scores._fields, scores, strict=True))
-    named.update(dropout_p=dropout_p, return_softmax=return_softmax)
+    named = {}
+    for i, name in enumerate(_SCORES):
+        named[name] = scores[i]
+    if named["softmax_scale"] is None:
+        named["softmax_scale"] = q.shape[-1] ** -0.5 if q.dim() and q.shape[-1] else 1.0
+    named["dropout_p"], named["return_softmax"] = dropout_p, return_softmax
     named["rng_state"] = draw_rng_state(q) if dropout_p > 0 else None
     if sequences.cu_seqlens_q is None:
         return _ops._flash_attn_forward(q, k, v, **named)
-    given = {name: x for name, x in zip(Sequences._fields, sequences, strict=True) if x is not None}
+    for i, name in enumerate(_SEQUENCES):
+        if sequences[i] is not None:
+            named[name] = sequences[i]
     for name in ("max_seqlen_q", "max_seqlen_k"):
-        given.setdefault(name, -1)
-    return _ops._flash_attn_varlen_forward(q, k, v, **given, **named)
+        if name not in named:
+            named[name] = -1
+    return _ops._flash_attn_varlen_forward(q, k, v, **named)

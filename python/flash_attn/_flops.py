@@ -9,7 +9,9 @@ counts for all.
 from __future__ import annotations
 
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
+from torch.utils.flop_counter import flop_registry
+
+from flash_attn._errors import InvalidArgument
 
 
 def _pairs(q: Tensor, k: Tensor, call: dict) -> int:
@@ -21,7 +23,7 @@ def _pairs(q: Tensor, k: Tensor, call: dict) -> int:
         return int((cu_q.diff().long() * cu_k.diff().long()).sum())
     longest = [call.get(name) or 0 for name in ("max_seqlen_q", "max_seqlen_k")]
     if min(longest) <= 0:
-        raise ValueError("max_seqlen_q, max_seqlen_k: required to count the flops of packed sequences on a device")
+        raise InvalidArgument("max_seqlen_q, max_seqlen_k: required to count the flops of packed sequences on a device")
     return (cu_q.numel() - 1) * longest[0] * longest[1]
 
 
@@ -52,4 +54,4 @@ def register(operator, names: list[str], count) -> None:
     def formula(*values, out_val=None, **keywords) -> int:
         return count({**dict(zip(names, values, strict=False)), **keywords})
 
-    register_flop_formula(operator, get_raw=True)(formula)
+    flop_registry[operator] = formula  # register_flop_formula of torch 2.4 registers overloads, which nobody looks up

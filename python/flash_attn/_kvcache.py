@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.profiler import record_function
 
 from flash_attn import _run
-from flash_attn._attention import check_constants, plain_numbers
+from flash_attn._attention import OF_SCORES, OF_SEQUENCES, check_constants, plain_numbers
 from flash_attn._backend import current
 from flash_attn._call import NewKeys, Rotary, Run, Scores, Sequences, check_tensors, extended, scores_of
 from flash_attn._errors import InvalidArgument, InvalidType
@@ -27,12 +27,8 @@ def _attend(q, k_cache, v_cache, sequences, scores, new_keys, rotary, wants_lse)
     return out, lse
 
 
-def _named(group, prefix: str) -> dict:
-    """A group's fields as arguments of an operator, where `k` would mean two things."""
-    return {f"{prefix}_{name}": x for name, x in zip(group._fields, group, strict=True)}
-
-
 def _unnamed(group, prefix: str, call: dict):
+    """A group of those arguments of an operator that have a prefix: `k` alone would mean two things."""
     return group(**{name: call[f"{prefix}_{name}"] for name in group._fields if f"{prefix}_{name}" in call})
 
 
@@ -89,15 +85,14 @@ def _eager(q, k_cache, v_cache, sequences, scores, new_keys, rotary, wants_lse):
 
 
 def _traced(q, k_cache, v_cache, sequences, scores, new_keys, rotary):
-    groups = dict(zip(Sequences._fields, plain_numbers(sequences), strict=True))
-    groups.update(zip(Scores._fields, plain_numbers(scores), strict=True))
+    groups = (*plain_numbers(sequences, OF_SEQUENCES), *plain_numbers(scores, OF_SCORES))
     ops = torch.ops.flash_attn
+    joins = new_keys.k is not None or new_keys.v is not None or new_keys.cu_seqlens is not None
+    rotates = rotary.cos is not None or rotary.sin is not None or rotary.positions is not None
     with torch.no_grad():  # not detached: Inductor (torch 2.13) loses writes to detached views of one tensor
-        if new_keys != _NO_KEYS or rotary.cos is not None or rotary.sin is not None:
-            return ops._flash_attn_kvcache_append(
-                q, k_cache, v_cache, **_named(new_keys, "new"), **_named(rotary, "rotary"), **groups
-            )
-        return ops._flash_attn_kvcache_forward(q, k_cache, v_cache, **groups)
+        if joins or rotates:
+            return ops._flash_attn_kvcache_append(q, k_cache, v_cache, *new_keys, *rotary, *groups)
+        return ops._flash_attn_kvcache_forward(q, k_cache, v_cache, *groups)
 
 
 @extended

@@ -41,7 +41,7 @@ def declare(group, *, without=(), required=False) -> str:
 
 def pick(group, call: dict):
     """The group of those of its fields that a call has."""
-    return group(**{name: call[name] for name in group._fields if name in call})
+    return group._make(map(call.get, group._fields, group._field_defaults.values()))
 
 
 def define(schema: str, function, fake, flops) -> None:
@@ -50,11 +50,15 @@ def define(schema: str, function, fake, flops) -> None:
     name = schema[: schema.index("(")]
     _library.define(schema, tags=_TAGS)
     operator = getattr(torch.ops.flash_attn, name).default
-    names = [a.name for a in operator._schema.arguments]
-    defaults = {a.name: a.default_value for a in operator._schema.arguments if a.has_default_value()}
+    arguments = operator._schema.arguments
+    names = [a.name for a in arguments]
+    defaults = {a.name: a.default_value for a in arguments if a.has_default_value()}
+    tensors_at = [i for i, a in enumerate(arguments) if "Tensor" in str(a.type)]
 
     def by_name(values, keywords) -> dict:
-        return {**defaults, **dict(zip(names, values, strict=False)), **keywords}
+        call = defaults.copy()
+        call.update(zip(names, values, strict=False), **keywords)
+        return call
 
     def run(*values, **keywords):
         return function(by_name(values, keywords))
@@ -63,7 +67,7 @@ def define(schema: str, function, fake, flops) -> None:
         return fake(by_name(values, keywords))
 
     def run_in_autograd(keys, *values, **keywords):
-        tensors = [x for x in values if isinstance(x, Tensor)]
+        tensors = [values[i] for i in tensors_at if i < len(values) and values[i] is not None]
         inputs = [x for x in tensors if x.requires_grad] if torch.is_grad_enabled() else ()
         if inputs:
             with torch.no_grad():

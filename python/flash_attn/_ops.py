@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flash_attn import _attention, _run
 from flash_attn._backend import current
-from flash_attn._call import NO_DROPOUT, Dropout, Run, Scores, Sequences
+from flash_attn._call import FIXED, NO_DROPOUT, Dropout, Run, Scores, Sequences
 from flash_attn._errors import InvalidArgument
 from flash_attn._flops import backward_flops, forward_flops
 from flash_attn._library import declare, define, pick
@@ -31,15 +31,13 @@ _FORWARD_TAIL = (
 )
 
 
-def _length(x: int | None) -> int | None:
-    return None if x is None or x < 0 else x
-
-
 def _sequences(call: dict) -> Sequences:
-    sequences = pick(Sequences, call)
-    return sequences._replace(
-        max_seqlen_q=_length(sequences.max_seqlen_q), max_seqlen_k=_length(sequences.max_seqlen_k)
-    )
+    """A negative length stands for None: upstream's schema wants an integer."""
+    sequences = pick(Sequences, call) if "cu_seqlens_q" in call else FIXED
+    for name in ("max_seqlen_q", "max_seqlen_k"):
+        if (getattr(sequences, name) or 0) < 0:
+            sequences = sequences._replace(**{name: None})
+    return sequences
 
 
 def _forward(call: dict):
