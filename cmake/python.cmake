@@ -18,7 +18,8 @@ endif()
 
 # The stub is made by importing the module, which a build for another machine, or one with sanitizers, cannot do.
 if(NOT CMAKE_CROSSCOMPILING AND NOT FLASH_ATTN_SANITIZE)
-  nanobind_add_stub(_C_stub MODULE _C OUTPUT _C.pyi PYTHON_PATH $<TARGET_FILE_DIR:_C> DEPENDS _C)
+  nanobind_add_stub(_C_stub MODULE _C OUTPUT _C.pyi PYTHON_PATH $<TARGET_FILE_DIR:_C>
+                    PATTERN_FILE ${PROJECT_SOURCE_DIR}/python/bindings/stub.pat DEPENDS _C)
   if(FLASH_ATTN_INSTALL)
     install(FILES ${CMAKE_CURRENT_BINARY_DIR}/_C.pyi DESTINATION flash_attn COMPONENT python)
   endif()

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from flash_attn import _C, _engines
+from flash_attn._engines.builtin import BUILT_IN
 from flash_attn._errors import InvalidArgument, NotServed
 
 _chosen: contextvars.ContextVar[str | None] = contextvars.ContextVar("flash_attn_backend", default=None)
@@ -130,3 +131,7 @@ def unregister_backend(name: str) -> None:
     """Takes a backend written in Python out again."""
     _C.unregister_backend(name)
     _engines.remove(name)
+
+
+for _name, _settings in BUILT_IN.items():
+    register_backend(_name, **_settings)

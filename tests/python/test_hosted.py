@@ -6,7 +6,7 @@ import flash_attn
 import pytest
 import torch
 from flash_attn import _C
-from support.device_tensors import CUDA, METAL, ROCM, XPU, OnDevice
+from support.device_tensors import CUDA, HEXAGON, METAL, ROCM, XPU, OnDevice
 from support.formula import attention
 from support.groups import groups
 
@@ -281,11 +281,11 @@ def test_a_device_is_served_by_those_who_name_it(device_type, name):
 
 
 def test_nobody_serves_a_device_that_nobody_names():
-    q = OnDevice(torch.zeros(1, 4, 2, 16))
+    q, out = (OnDevice(torch.zeros(1, 4, 2, 16), HEXAGON) for _ in range(2))
     with pytest.raises(NotImplementedError) as raised:
-        _C.forward(q, q, q, OnDevice(torch.zeros(1, 4, 2, 16)), None)
+        _C.forward(q, q, q, out, None)
     words = str(raised.value)
-    assert "on cuda:0" in words and "register_backend" in words and "move them to the CPU" in words
+    assert f"on device type {HEXAGON}:0" in words and "register_backend" in words and "move them to the CPU" in words
 
 
 def test_mixed_devices_are_named():

@@ -126,7 +126,7 @@ NESTED = torch.nested.nested_tensor([torch.randn(3, 8), torch.randn(5, 8)], layo
 REFUSED = {
     "subclass": (lambda: ([tensor().as_subclass(Watched)] * 3, {}), "query: a Watched"),
     "nested": (lambda: ([NESTED.unsqueeze(2).transpose(1, 2)] * 3, {}), "query: a NestedTensor"),
-    "float64, not the oracle": (lambda: ([tensor(dtype=torch.float64)] * 3, {}), ""),
+    "float64, nobody named": (lambda: ([tensor(dtype=torch.float64)] * 3, {}), "dtype torch.float64"),
     "integers": (lambda: ([tensor().int()] * 3, {}), "dtype torch.int32"),
     "dtypes": (lambda: ([tensor(), tensor().bfloat16(), tensor()], {}), "dtypes that differ"),
     "empty": (lambda: ([tensor(B, H, 0, E), tensor(), tensor()], {}), "an empty tensor"),

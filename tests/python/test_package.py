@@ -20,8 +20,11 @@ def test_is_typed() -> None:
 
 def test_stub_has_the_functions_of_the_native_module() -> None:
     tree = ast.parse((FOLDER / "_C.pyi").read_text(encoding="utf-8"))
-    stubbed = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
-    assert stubbed == {name for name, value in vars(_C).items() if callable(value) and not name.startswith("_")}
+    for kind, is_one in ((ast.FunctionDef, callable), (ast.ClassDef, lambda value: isinstance(value, type))):
+        stubbed = {node.name for node in tree.body if isinstance(node, kind)}
+        real = {n: value for n, value in vars(_C).items() if is_one(value) and not n.startswith("_")}
+        classes = {n for n, value in real.items() if isinstance(value, type)}
+        assert stubbed == (classes if kind is ast.ClassDef else set(real) - classes)
 
 
 def test_requires_nothing_unasked() -> None:

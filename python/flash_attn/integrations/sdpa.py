@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from flash_attn import flash_attn_func
+from flash_attn._backend import current
 from flash_attn.integrations._attend import as_bias
 
 _own = torch.nn.functional.scaled_dot_product_attention  # PyTorch's
@@ -69,7 +70,8 @@ def refuses(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *
         return "somebody traces the call without running it"
     if forward_ad._current_level >= 0 or (not _compiling() and torch._C._are_functorch_transforms_active()):
         return "forward-mode derivatives and torch.func transforms"
-    served = _DTYPES if _compiling() else (*_DTYPES, torch.float64)  # fp64: by the oracle, if that is chosen
+    # fp64 has a fast kernel in PyTorch and none here: it comes to us where a backend is named.
+    served = (*_DTYPES, torch.float64) if not _compiling() and current() else _DTYPES
     if not query.dtype == key.dtype == value.dtype and not torch.is_autocast_enabled(query.device.type):
         return f"dtypes that differ: {query.dtype}, {key.dtype}, {value.dtype}"
     for x in (query, key, value):

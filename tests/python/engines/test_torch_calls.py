@@ -5,19 +5,8 @@ from __future__ import annotations
 import flash_attn
 import pytest
 import torch
-from flash_attn._engines.torch import CAPABILITIES
 
 DEVICES = ["cpu"] + [d for d in ("cuda", "xpu", "mps") if getattr(torch, d).is_available()]
-
-
-@pytest.fixture(autouse=True)
-def _registered():
-    if "torch" in (b.name for b in flash_attn.backends()):
-        yield
-        return
-    flash_attn.register_backend("torch", "flash_attn._engines.torch:TorchEngine", **CAPABILITIES)
-    yield
-    flash_attn.unregister_backend("torch")
 
 
 def cumulative(lengths, device):

@@ -6,7 +6,7 @@ import ctypes
 
 import torch
 
-CUDA, METAL, ROCM, XPU = 2, 8, 10, 14  # DLDeviceType
+CUDA, METAL, ROCM, XPU, HEXAGON = 2, 8, 10, 14, 16  # DLDeviceType
 _CODES = {torch.float32: (2, 32), torch.float16: (2, 16), torch.bfloat16: (4, 16), torch.int32: (0, 32),
           torch.int64: (0, 64)}  # fmt: skip
 

@@ -11,19 +11,9 @@ import contextlib
 
 import torch
 
-from flash_attn import _C
 from flash_attn._engines.torch.backward import backward
 from flash_attn._engines.torch.blocks import block_sizes
 from flash_attn._engines.torch.forward import forward
-
-# What flash_attn.register_backend takes. float64 is served where the device has it.
-CAPABILITIES = {
-    "description": "PyTorch operations in blocks of keys: slow, on any device that torch runs on",
-    "devices": ("cpu", "cuda", "xpu", "mps", "npu"),
-    "dtypes": ("float16", "bfloat16", "float32", "float64"),
-    "serves": _C.feature_names(),
-    "backward": _C.feature_names(),
-}
 
 
 @contextlib.contextmanager

@@ -40,7 +40,7 @@ class Attention:
     # Blocks of operands.
 
     def read(self, x: Tensor, rows: Rows, b: slice, r: slice) -> Tensor:
-        """(C, heads, n, cols) of an operand (entry, row, head, col). Side by side, so that no bit depends on strides."""
+        """(C, heads, n, cols) of an operand (entry, row, head, col), side by side: no bit depends on strides."""
         return rows.read(x, b, r).to(self.dtype).transpose(1, 2).contiguous()
 
     def queries(self, b: slice, i: slice) -> Tensor:
