@@ -27,22 +27,43 @@ namespace {
 
 constexpr int kSpins = 2000;  // some ten microseconds: a wait is usually shorter, a wake-up longer
 
+/// Tasks under way. Each run of tasks has a ticket counter: whoever is free takes the next ticket, so uneven tasks
+/// balance. Order::rising has one run. Order::by_place has one for each worker, who begins with its own and then helps
+/// with the others'.
 struct Job {
+  static constexpr int kMostRuns = 64;  // workers beyond share a run
+  struct alignas(128) Ticket {
+    std::atomic<int64_t> next{0};
+  };
+
   const std::function<void(int64_t, int)>* task = nullptr;
   int64_t n = 0;
-  alignas(128) std::atomic<int64_t> ticket{0};
+  int runs = 1;
+  Ticket tickets[kMostRuns];
   alignas(128) std::atomic<bool> failed{false};
   std::exception_ptr error;
 
+  int64_t begin_of(int run) const { return n * run / runs; }  // n below 2^57
+
   void work(int worker) {
-    for (int64_t i;
-         !failed.load(std::memory_order_relaxed) && (i = ticket.fetch_add(1, std::memory_order_relaxed)) < n;) {
+    for (int i = 0; i < runs; ++i) work_on((worker + i) % runs, worker);
+  }
+  void work_on(int run, int worker) {
+    const int64_t begin = begin_of(run), end = begin_of(run + 1);
+    for (int64_t i; !failed.load(std::memory_order_relaxed) &&
+                    (i = begin + tickets[run].next.fetch_add(1, std::memory_order_relaxed)) < end;) {
       try {
         (*task)(i, worker);
       } catch (...) {
         if (!failed.exchange(true)) error = std::current_exception();
       }
     }
+  }
+  /// Whether every task has been taken.
+  bool taken() const {
+    for (int run = 0; run < runs; ++run)
+      if (begin_of(run) + tickets[run].next.load() < begin_of(run + 1)) return false;
+    return true;
   }
 };
 
@@ -170,7 +191,7 @@ int max_workers() {
   return n;
 }
 
-void parallel_for(int64_t n, int threads, const std::function<void(int64_t, int)>& task) {
+void parallel_for(int64_t n, int threads, const std::function<void(int64_t, int)>& task, Order order) {
   State& s = state();
   std::unique_lock lock(s.mutex, std::defer_lock);
   if (n <= 1 || threads == 1 || !lock.try_lock()) {
@@ -180,9 +201,10 @@ void parallel_for(int64_t n, int threads, const std::function<void(int64_t, int)
   Job job;
   job.task = &task;
   job.n = n;
+  if (order == Order::by_place) job.runs = static_cast<int>(std::min<int64_t>({n, threads, Job::kMostRuns}));
   if (const auto host = std::atomic_load(&s.host)) {
     (*host)(std::min<int64_t>(n, threads), [&](int64_t worker) { job.work(static_cast<int>(worker)); });
-    if (job.ticket.load() < n && !job.failed.load())
+    if (!job.taken() && !job.failed.load())
       throw Error(ErrorCode::internal, "set_parallel_for: the host's function returned before all tasks had run");
   } else {
     if (!s.pool || s.pool->threads() != threads) s.pool.reset(), s.pool = std::make_unique<Pool>(threads);
