@@ -74,6 +74,23 @@ SHAPES = [
     Shape(1, 1, 1, 8192, 8192, 64, True),
 ]
 QUICK = [SHAPES[i] for i in (1, 4, 6, 10, 12, 16)]
+# Many short sequences. The heads of a token lie next to each other, so a token's row takes nheads * headdim numbers: in
+# fp32 2, 4 and 8 KiB, and tasks of neighbouring heads share every page of memory. Outputs take 8 to 64 MiB in fp32.
+SHORT = [
+    Shape(8, 8, 8, 256, 256, 64, True),
+    Shape(32, 8, 8, 128, 128, 64, False),
+    Shape(128, 8, 8, 64, 64, 64, True),
+    Shape(64, 4, 4, 128, 128, 128, False),
+    Shape(8, 8, 8, 256, 256, 128, False),
+    Shape(64, 8, 8, 128, 128, 128, True),
+    Shape(32, 16, 16, 128, 128, 64, True),
+    Shape(128, 16, 16, 32, 32, 64, False),
+    Shape(4, 16, 16, 256, 256, 128, True),
+    Shape(16, 16, 16, 128, 128, 128, False),
+    Shape(32, 32, 32, 256, 256, 64, True),
+    Shape(64, 32, 32, 32, 32, 64, True),
+]
+SETS = {"mixed": SHAPES, "quick": QUICK, "short": SHORT}
 
 
 def cpu_model() -> str:
@@ -142,7 +159,7 @@ def geometric_mean(values: list[float]) -> float:
 
 def measure(args: argparse.Namespace, console: Console) -> list[dict]:
     name = "backward" if args.backward else "forward"
-    shapes = QUICK if args.quick else SHAPES
+    shapes = SETS[args.shapes]
     cells = [(s, d) for d in args.dtypes for s in shapes if args.filter in f"{name} {d} {s}"]
     if not cells:
         sys.exit(f"peers.py: --filter: no cell contains {args.filter!r}")
@@ -194,13 +211,18 @@ def measure(args: argparse.Namespace, console: Console) -> list[dict]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--backward", action="store_true", help="time the gradient instead of the forward")
-    parser.add_argument("--quick", action="store_true", help="six shapes, shorter samples")
+    parser.add_argument(
+        "--shapes", choices=SETS, default="mixed", help="mixed: 20; quick: 6 of them; short: 12 of many short sequences"
+    )
+    parser.add_argument("--quick", action="store_true", help="--shapes quick, and shorter samples")
     parser.add_argument("--filter", default="", help='only cells whose words contain this, as in "headdim 128 causal"')
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of both sides")
     parser.add_argument("--seconds", type=float, help="for each cell (default 3; quick 0.7)")
     parser.add_argument("--json", metavar="FILE", help="write the records there")
     args = parser.parse_args()
+    if args.quick:
+        args.shapes = "quick"
     args.seconds = args.seconds or (0.7 if args.quick else 3.0)
     torch.set_num_threads(args.threads)
     set_num_threads(args.threads)
