@@ -12,8 +12,8 @@ enum class Order {
   by_place  ///< every worker begins with neighbours: tasks 0 .. n / workers - 1 for worker 0, and so on
 };
 
-/// Runs task(i, worker) for i in [0, n), worker in [0, workers). No worker runs two at once. Returns after the last; the
-/// first exception is rethrown. One task, or one worker: inline, nothing is woken.
+/// Runs task(i, worker) for i in [0, n), worker in [0, workers). No worker runs two at once. Returns after the last;
+/// the first exception is rethrown. One task, or one worker: inline, nothing is woken.
 void parallel_for(int64_t n, int workers, const std::function<void(int64_t i, int worker)>& task,
                   Order order = Order::rising);
 /// The number of workers to ask for.

@@ -46,6 +46,10 @@ __attribute__((noinline)) void attend(const AttendTask& t) {
              *v_strips = reinterpret_cast<const float*>(t.v);
   float* const s = reinterpret_cast<float*>(t.scratch);
   float *const row_scale = s + kGroup * lds, *const base = row_scale + kGroup;
+  const int64_t tiles_wide =
+      (t.keys + kPanel - 1) / kPanel + (ldo + kPanel - 1) / kPanel * ((t.keys + kBlock - 1) / kBlock);
+  Asker asker(t.ahead, t.aheads, (t.rows + full_rows(kPanelVectors) - 1) / full_rows(kPanelVectors) * tiles_wide);
+  Asker* const asks = t.aheads > 0 ? &asker : nullptr;
   for (int64_t block = 0; block < t.keys; block += kBlock) {
     const int64_t block_end = block + kBlock < t.keys ? block + kBlock : t.keys;
     for (int64_t r0 = 0; r0 < t.rows; r0 += kGroup) {
@@ -57,12 +61,12 @@ __attribute__((noinline)) void attend(const AttendTask& t) {
       for (int64_t j = first; j < last; j += kPanel) {
         const int64_t end = j + kPanel < last ? j + kPanel : last;
         prefetch_bias(t.bias, r0, rows, j, end);
-        multiply_panels({q + r0 * t.headdim, t.headdim, 1, nullptr, 0, s + (j - first), lds, t.headdim}, rows, k_panels,
-                        j, end);
+        multiply_panels({q + r0 * t.headdim, t.headdim, 1, nullptr, 0, s + (j - first), lds, t.headdim, asks}, rows,
+                        k_panels, j, end);
       }
       softmax_group<kDrops, kBlock>(t, r0, rows, s, lds, first, n, partial, base, row_scale);
 
-      const Gemm g{s, lds, 1, nullptr, 0, t.o + r0 * ldo, ldo, n};
+      const Gemm g{s, lds, 1, nullptr, 0, t.o + r0 * ldo, ldo, n, asks};
       if (!(partial && any_special(t.v_special, first, last))) {
         multiply_strips<Into::scale_add>(g, rows, v_strips, t.keys, first, ldo, row_scale);
         continue;
@@ -74,6 +78,7 @@ __attribute__((noinline)) void attend(const AttendTask& t) {
       }
     }
   }
+  asker.finish();
 }
 
 inline void attend_any(const AttendTask& t) { t.dropout.threshold == 0 ? attend<false>(t) : attend<true>(t); }
@@ -82,8 +87,8 @@ inline int64_t attend_q_bytes(int64_t rows, int64_t headdim) { return rows * hea
 inline int64_t attend_k_bytes(int64_t keys, int64_t headdim) { return keys * headdim * 4; }
 inline int64_t attend_v_bytes(int64_t keys, int64_t headdim_v) { return keys * ((headdim_v + W - 1) / W * W) * 4; }
 
-inline bool attend_pack_q(const RowList& rows, float sign, char* q) {
-  return load_rows(rows, sign, reinterpret_cast<float*>(q), rows.cols);
+inline bool attend_pack_q(const RowList& rows, float factor, char* q) {
+  return load_rows(rows, factor, reinterpret_cast<float*>(q), rows.cols);
 }
 inline bool attend_pack_k(const RowList& rows, char* k, int64_t, int64_t first) {
   return pack_panel(rows, reinterpret_cast<float*>(k) + first * rows.cols);
@@ -95,8 +100,8 @@ inline bool attend_pack_v(const RowList& rows, char* v, int64_t keys, int64_t fi
 inline constexpr AttendKernel kAttendFp32 = {
     .name = "fp32",
     .panel = kPanel,
-    .group = kGroup,
-    .block = kBlock,
+    .tile_rows = kGroup,
+    .tile_keys = kBlock,
     .scratch = (kGroup * (kBlock + W) + 2 * kGroup + 15) / 16 * 64,
     .q_bytes = attend_q_bytes,
     .k_bytes = attend_k_bytes,

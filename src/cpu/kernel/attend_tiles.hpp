@@ -49,12 +49,12 @@ struct Tiles {
       finder.see(a), finder.see(b);
   }
 
-  static bool pack_q(const RowList& rows, float sign, char* to) {
+  static bool pack_q(const RowList& rows, float factor, char* to) {
     const int64_t d = pad_to(rows.cols, kDepth), padded = pad_to(rows.rows, kTileGroup);
     PartlessFinder finder;
     for (int64_t r = 0; r < padded; ++r)
       for (int64_t c = 0; c < d; c += kDepth)
-        load_parts(rows, r, c, sign, reinterpret_cast<bf16*>(to) + r * d + c, padded * d, finder);
+        load_parts(rows, r, c, factor, reinterpret_cast<bf16*>(to) + r * d + c, padded * d, finder);
     return finder.found();
   }
 
@@ -201,6 +201,7 @@ struct Tiles {
   __attribute__((noinline)) static void attend(const AttendTask& t) {
     float* const memory = reinterpret_cast<float*>(t.scratch);
     Buffer buffers[2] = {{memory, {}, {}}, {memory + kTileGroup * lds, {}, {}}};
+    Asker asker(t.ahead, t.aheads, t.rows * ((t.keys + kTileBlock - 1) / kTileBlock));
     begin_tiles();
     Background background;
     Item before{}, now = next_item(t, 0, 0);
@@ -225,6 +226,7 @@ struct Tiles {
         background.units += background.after.units();
       }
       for (int64_t r = 0; r < now.rows; ++r) {
+        asker.turn();
         if (r < after.rows) prefetch_bias(t.bias, after.r0 + r, 1, after.first, after.first + after.n);
         float* const row = mine.s + r * lds;
         exponentials_kept<kDrops, kTileBlock>(
@@ -237,6 +239,7 @@ struct Tiles {
     }
     background.finish();
     end_tiles();
+    asker.finish();
   }
 
   static void attend_any(const AttendTask& t) { t.dropout.threshold == 0 ? attend<false>(t) : attend<true>(t); }
@@ -244,8 +247,8 @@ struct Tiles {
   static constexpr AttendKernel kernel(const char* name) {
     return {.name = name,
             .panel = kTileKeys,
-            .group = kTileGroup,
-            .block = kTileBlock,
+            .tile_rows = kTileGroup,
+            .tile_keys = kTileBlock,
             .scratch = 2 * kTileGroup * lds * 4,
             .q_bytes = q_bytes,
             .k_bytes = k_bytes,

@@ -33,6 +33,13 @@ inline void backward(const BackwardTask& t) {
   constexpr int64_t lds = kBackwardBlock + W;
   float* const p = reinterpret_cast<float*>(t.scratch);
   float* const dx = p + kBackwardGroup * lds;
+  // Tiles of x, u, dv, dk and dq: (rows / 6) by panels, (keys / 6) by strips, and (rows / 6) by strips.
+  constexpr int64_t kRows = full_rows(kPanelVectors);
+  const auto pieces = [](int64_t n, int64_t of) { return (n + of - 1) / of; };
+  Asker asker(t.ahead, t.aheads,
+              pieces(t.rows, kRows) * (2 * pieces(t.keys, kPanel) + pieces(ldq, kPanel)) +
+                  pieces(t.rows, kBackwardGroup) * pieces(t.keys, kRows) * (pieces(ldq, kPanel) + pieces(ldv, kPanel)));
+  Asker* const asks = t.aheads > 0 ? &asker : nullptr;
   for (int64_t block = 0; block < t.keys; block += kBackwardBlock) {
     const int64_t block_end = block + kBackwardBlock < t.keys ? block + kBackwardBlock : t.keys;
     for (int64_t r0 = 0; r0 < t.rows; r0 += kBackwardGroup) {
@@ -46,16 +53,17 @@ inline void backward(const BackwardTask& t) {
       for (int64_t j = first; j < last; j += kPanel) {
         const int64_t end = j + kPanel < last ? j + kPanel : last;
         prefetch_bias(t.bias, r0, rows, j, end);
-        multiply_panels({q, ldq, 1, nullptr, 0, p + (j - first), lds, t.headdim}, rows, k_panels, j, end);
+        multiply_panels({q, ldq, 1, nullptr, 0, p + (j - first), lds, t.headdim, asks}, rows, k_panels, j, end);
       }
-      multiply_panels({dout, ldv, 1, nullptr, 0, dx, lds, t.headdim_v}, rows, v_panels, first, last);
+      multiply_panels({dout, ldv, 1, nullptr, 0, dx, lds, t.headdim_v, asks}, rows, v_panels, first, last);
       for (int64_t r = 0; r < rows; ++r)
         gradient_row<kBackwardBlock>(t, r0 + r, p + r * lds, dx + r * lds, first, n, partial);
 
       if (!(partial && (t.row_special[r0 / kBackwardGroup] || any_special(t.key_special, first, last)))) {
-        multiply_rows({p, 1, lds, dout, ldv, dv, ldv, rows}, n, ldv);
-        multiply_rows({dx, 1, lds, q, ldq, dk, ldq, rows}, n, ldq);
-        multiply_strips<Into::add>({dx, lds, 1, nullptr, 0, dq, ldq, n}, rows, k_strips, t.keys, first, ldq, nullptr);
+        multiply_rows({p, 1, lds, dout, ldv, dv, ldv, rows, asks}, n, ldv);
+        multiply_rows({dx, 1, lds, q, ldq, dk, ldq, rows, asks}, n, ldq);
+        multiply_strips<Into::add>({dx, lds, 1, nullptr, 0, dq, ldq, n, asks}, rows, k_strips, t.keys, first, ldq,
+                                   nullptr);
         continue;
       }
       for (int64_t r = 0; r < rows; ++r) {
@@ -69,6 +77,7 @@ inline void backward(const BackwardTask& t) {
       }
     }
   }
+  asker.finish();
 }
 
 inline int64_t backward_query_bytes(int64_t rows, int64_t headdim, int64_t headdim_v) {
@@ -79,7 +88,7 @@ inline int64_t backward_key_bytes(int64_t keys, int64_t headdim, int64_t headdim
 }
 
 /// q, then dout: (row_capacity, cols padded with zeros to the width).
-inline bool backward_pack_queries(const RowList& q, const RowList& dout, float sign, char* to, int64_t row_capacity,
+inline bool backward_pack_queries(const RowList& q, const RowList& dout, float factor, char* to, int64_t row_capacity,
                                   int64_t first) {
   const auto load_padded = [first](const RowList& rows, float factor, float* all_rows) {
     const int64_t ld = pad_to_width(rows.cols);
@@ -88,7 +97,7 @@ inline bool backward_pack_queries(const RowList& q, const RowList& dout, float s
     return load_rows(rows, factor, at, ld);
   };
   float* const all_q = reinterpret_cast<float*>(to);
-  const bool special_q = load_padded(q, sign, all_q);
+  const bool special_q = load_padded(q, factor, all_q);
   return load_padded(dout, 1.0f, all_q + row_capacity * pad_to_width(q.cols)) || special_q;
 }
 
@@ -105,8 +114,8 @@ inline bool backward_pack_keys(const RowList& k, const RowList& v, char* to, int
 inline constexpr BackwardKernel kBackwardFp32 = {
     .name = "fp32",
     .panel = kPanel,
-    .group = kBackwardGroup,
-    .block = kBackwardBlock,
+    .tile_rows = kBackwardGroup,
+    .tile_keys = kBackwardBlock,
     .scratch = 2 * kBackwardGroup * (kBackwardBlock + W) * 4,
     .query_bytes = backward_query_bytes,
     .key_bytes = backward_key_bytes,

@@ -59,11 +59,11 @@ struct BackwardTiles {
     return Forward::pack_v(k, to + at.k_rows(), n, first) || special_k || special_v;
   }
 
-  static bool pack_queries(const RowList& q, const RowList& dout, float sign, char* to, int64_t row_capacity,
+  static bool pack_queries(const RowList& q, const RowList& dout, float factor, char* to, int64_t row_capacity,
                            int64_t first) {
     const Queries at = queries(row_capacity, q.cols, dout.cols);
     bf16* const all = reinterpret_cast<bf16*>(to);
-    const bool special = pack_rows(q, sign, all + at.q(), all + at.q_transposed(), row_capacity, first);
+    const bool special = pack_rows(q, factor, all + at.q(), all + at.q_transposed(), row_capacity, first);
     return pack_rows(dout, 1.0f, all + at.dout(), all + at.dout_transposed(), row_capacity, first) || special;
   }
 
@@ -191,6 +191,7 @@ struct BackwardTiles {
     float* const p = reinterpret_cast<float*>(t.scratch);  // (group, lds)
     float* const dx = p + kBackwardTileGroup * lds;
     auto* const dx_rows = reinterpret_cast<bf16*>(dx + kBackwardTileGroup * lds);
+    Asker asker(t.ahead, t.aheads, t.rows * ((t.keys + kBackwardTileBlock - 1) / kBackwardTileBlock));
     begin_tiles();
     for (int64_t block = 0; block < t.keys; block += kBackwardTileBlock) {
       const int64_t block_end = block + kBackwardTileBlock < t.keys ? block + kBackwardTileBlock : t.keys;
@@ -202,8 +203,10 @@ struct BackwardTiles {
         prefetch_bias(t.bias, r0, rows, first, last);
         scores(x, q + at.q(), at.rows * at.d, t.keys_packed, t.keys * at.d, at.d, p);
         scores(x, q + at.dout(), at.rows * at.dv, t.keys_packed + packs.v(), t.keys * at.dv, at.dv, dx);
-        for (int64_t r = 0; r < rows; ++r)
+        for (int64_t r = 0; r < rows; ++r) {
+          asker.turn();
           gradient_row<kBackwardTileBlock>(t, r0 + r, p + r * lds, dx + r * lds, first, x.n, partial);
+        }
         split(x, p, dx, dx_rows);
         key_sums(t, x, q + at.dout_transposed(), at.rows * at.dv, p, pad_to(t.headdim_v, kTile), t.dv);
         key_sums(t, x, q + at.q_transposed(), at.rows * at.d, dx, pad_to(t.headdim, kTile), t.dk);
@@ -211,6 +214,7 @@ struct BackwardTiles {
       }
     }
     end_tiles();
+    asker.finish();
   }
 
   /// [cols][keys] -> (keys, cols padded to the width)
@@ -228,8 +232,8 @@ struct BackwardTiles {
   static constexpr BackwardKernel kernel(const char* name) {
     return {.name = name,
             .panel = kTileKeys,
-            .group = kBackwardTileGroup,
-            .block = kBackwardTileBlock,
+            .tile_rows = kBackwardTileGroup,
+            .tile_keys = kBackwardTileBlock,
             .scratch = 3 * kBackwardTileGroup * lds * 4,
             .query_bytes = query_bytes,
             .key_bytes = key_bytes,

@@ -261,9 +261,9 @@ inline void attend_any_in_place(const AttendTask* tasks, int64_t heads, const Ke
   return attend_in_place<DType::f16>(tasks, heads, keys);
 }
 
-inline bool pack_q_in_place(const RowList& rows, float sign, char* to) {
+inline bool pack_q_in_place(const RowList& rows, float factor, char* to) {
   auto* const q = reinterpret_cast<float*>(to);
-  const bool special = load_rows(rows, sign, q, rows.cols);
+  const bool special = load_rows(rows, factor, q, rows.cols);
   if (rows.dtype == DType::bf16) pair_columns<DType::bf16>(q, rows.rows * rows.cols);
   return special;
 }
@@ -271,8 +271,8 @@ inline bool pack_q_in_place(const RowList& rows, float sign, char* to) {
 inline constexpr AttendKernel kAttendInPlace = {
     .name = "fp32 where the keys lie",
     .panel = kPanel,
-    .group = 4,
-    .block = kInPlaceBlock,
+    .tile_rows = 4,
+    .tile_keys = kInPlaceBlock,
     .scratch = (kInPlaceRows * (kInPlaceLds + 2) + 15) / 16 * 64,
     .q_bytes = attend_q_bytes,
     .k_bytes = nullptr,
