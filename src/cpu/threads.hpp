@@ -13,7 +13,8 @@ enum class Order {
 };
 
 /// Runs task(i, worker) for i in [0, n), worker in [0, workers). No worker runs two at once. Returns after the last;
-/// the first exception is rethrown. One task, or one worker: inline, nothing is woken.
+/// the first exception is rethrown. One task, or one worker: inline, nothing is woken. Fewer tasks
+/// than workers: as many workers as tasks.
 void parallel_for(int64_t n, int workers, const std::function<void(int64_t i, int worker)>& task,
                   Order order = Order::rising);
 /// The number of workers to ask for.
