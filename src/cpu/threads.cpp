@@ -168,7 +168,7 @@ class Pool {
 struct State {
   std::mutex mutex;  // held by the one caller whose job runs
   std::unique_ptr<Pool> pool;
-  std::atomic<int> threads{0};  // 0: not decided yet
+  std::atomic<int> threads{0};  // 0: the default, which is read when it is needed
   std::shared_ptr<const ParallelFor> host;
 };
 
@@ -237,7 +237,7 @@ void set_num_threads(int n) {
   if (n > cpu::most_threads())
     throw Error(ErrorCode::invalid_argument,
                 "num_threads: expected at most " + std::to_string(cpu::most_threads()) + ", got " + std::to_string(n));
-  cpu::state().threads.store(n > 0 ? n : cpu::default_threads(cpu::thread_limits()));
+  cpu::state().threads.store(std::max(n, 0));
 }
 
 void set_parallel_for(ParallelFor host) {

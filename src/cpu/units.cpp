@@ -15,9 +15,9 @@ float to_log2(double x) {
 
 ScoreScale score_scale(const ScorePipeline& s) {
   const double scale = std::abs(s.scale) * kLog2e;
-  const float softcap_log2 = to_log2(s.softcap);
+  const float softcap_log2 = s.softcap > 0 ? std::max(to_log2(s.softcap), std::numeric_limits<float>::min()) : 0.0f;
   if (!(static_cast<float>(scale) > 0.0f)) return {0.0f, 1.0f, softcap_log2};
-  const double factor = scale > 0x1p127 ? 4.0 : 1.0;
+  const double factor = std::ldexp(1.0, std::max(0, std::ilogb(scale) - 64));
   return {static_cast<float>(std::copysign(factor, s.scale)), static_cast<float>(scale / factor), softcap_log2};
 }
 

@@ -18,9 +18,11 @@ float to_log2(double x);
 /// How a kernel gets scores from the products x = (q_factor q) . k:
 ///   s = scale x, or softcap_log2 tanh(scale x / softcap_log2), in base 2.
 /// The scale is positive, so that maxima of x are maxima of s and -inf stays what it is. q_factor has the sign, which
-/// rounds nothing; and for a scale above 2.36e38, which fp32 cannot hold in base 2, a power of two: for 3e38 it is 4.
+/// rounds nothing. Of a scale above 2^64 it takes a power of two, so that products whose scores are of any size are no
+/// denormals (tiles take those for 0), and because fp32 cannot hold 3e38 in base 2: there it is 2^64.
 struct ScoreScale {
-  float q_factor, scale, softcap_log2;  // softcap_log2 0: off
+  float q_factor, scale;
+  float softcap_log2;  // 0: off; else normal: a softcap of 1e-44 becomes 1.2e-38, under which all scores are 0 as well
 };
 ScoreScale score_scale(const ScorePipeline& scores);
 

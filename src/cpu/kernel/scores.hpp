@@ -13,12 +13,9 @@ FLASH_ATTN_INLINE Capped cap_score(vf score, float cap, float inverse_cap) {
   const vf ratio = score * inverse_cap, t = tanh(ratio);
   return {abs(ratio) < all(0x1p-13f) ? score : t * cap, t};  // 1 - t^2 / 3 is 1 there
 }
-/// 1 / cap, at most FLT_MAX.
-FLASH_ATTN_INLINE float inverse_of(float cap) { return 1.0f / cap <= __FLT_MAX__ ? 1.0f / cap : __FLT_MAX__; }
-
 /// s[0, n) are the raw products of keys [first, first + n), n a multiple of W.
 FLASH_ATTN_INLINE void softcap_row(float* s, int64_t n, float scale, float softcap_log2) {
-  const float inverse = inverse_of(softcap_log2);
+  const float inverse = 1.0f / softcap_log2;
   for (int64_t j = 0; j < n; j += W) store(s + j, cap_score(load(s + j) * scale, softcap_log2, inverse).score);
 }
 
