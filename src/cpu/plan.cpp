@@ -27,7 +27,7 @@ constexpr int64_t kFewRowsBytes = 256 << 10;  // bytes     q and o of them   cou
 constexpr int64_t kChunkBytes = 512 << 10;  // bytes     K and V packed    [11], counted: with q and o in an L2 of 1 MiB
 constexpr int64_t kEnoughOwners = 16;       // tasks     to make by splits [12]
 constexpr int64_t kMinKeysPerSplit = 256;   // keys      [12], counted: merging costs 2 / keys of the products
-constexpr int64_t kAheadBytes = 512 << 10;  // bytes     asked for ahead   [43], counted: fits L2 beside the workspace
+constexpr int64_t kAheadBytes = 512 << 10;  // bytes     asked for ahead   [46], counted: fits L2 beside the workspace
 // Keys in place
 constexpr int64_t kEnoughInPlace = 64;    // tasks     to make by splits [34]: all cores wait for memory
 constexpr int64_t kRowsInPlace = 64;      // rows      of a team         [34]: q, scores and o stay in L2
