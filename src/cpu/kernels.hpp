@@ -12,6 +12,9 @@
 
 namespace flash_attn::cpu {
 
+inline constexpr double kLog2e = 1.4426950408889634;
+inline constexpr double kLn2 = 0.6931471805599453;
+
 /// Rows of one tensor, each found by its address: strided memory, pages and head groups all look like this.
 struct RowList {
   const char* const* row;  // (rows); nullptr: a row of zeros

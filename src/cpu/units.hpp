@@ -7,10 +7,9 @@
 #include <cstdint>
 
 #include "core/problem.hpp"
+#include "cpu/kernels.hpp"
 
 namespace flash_attn::cpu {
-
-inline constexpr double kLog2e = 1.4426950408889634;
 
 /// x log2(e) in fp32. An infinite x stays what it is, a finite one stays finite.
 float to_log2(double x);

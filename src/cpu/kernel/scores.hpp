@@ -28,7 +28,7 @@ FLASH_ATTN_INLINE void alibi_row(float* s, int64_t n, float scale, float slope_l
 
 /// b log2(e). A finite b stays finite: masks are often the lowest finite number, and -inf would hide what they do not.
 FLASH_ATTN_INLINE vf bias_log2(vf b) {
-  const vf x = b * 1.44269504f, most = all(__FLT_MAX__);
+  const vf x = b * static_cast<float>(kLog2e), most = all(__FLT_MAX__);
   const vf not_above = x > most ? most : x, bounded = not_above < -most ? -most : not_above;
   return abs(b) == all(kInfinity) ? b : bounded;
 }
@@ -74,9 +74,9 @@ FLASH_ATTN_INLINE float score_row(const AttendTask& t, int64_t r, float* s, int6
   return scale;
 }
 
-/// What a group of rows sees of the keys [block, block_end): computes [first, last) (multiples of kFront and kBack),
-/// and whether that holds keys that some row does not see. Rows may come from several heads: no order of lo and hi is
-/// assumed.
+/// What the rows of a score tile see of the keys [block, block_end): computes [first, last) (multiples of kFront and
+/// kBack), and whether that holds keys that some row does not see. Rows may come from several heads: no order of lo and
+/// hi is assumed.
 struct Seen {
   int64_t first, last;
   bool partial;

@@ -27,8 +27,9 @@ constexpr int full_rows(int nr) { return kRegisters == 32 ? (nr == 4 ? 6 : nr ==
 /// Asks L2 for what is needed after this task (kernels.hpp), some lines a turn. Turns stand between products, about as
 /// often as their number says; what they leave is asked for at the end.
 ///
-/// A core has some 16 lines under way at once, and memory takes 100 ns and more to answer: 3 times 32 rows of 256 bytes,
-/// all asked for at once, would be waited for as long as if they were read. Between products the wait costs nothing.
+/// A core has some 16 lines under way at once, and memory takes 100 ns and more to answer: 3 times 32 rows of 256
+/// bytes, all asked for at once, would be waited for as long as if they were read. Between products the wait costs
+/// nothing.
 class Asker {
  public:
   Asker(const Ahead* run, int64_t runs, int64_t turns) : run_(run), end_(run + runs) {

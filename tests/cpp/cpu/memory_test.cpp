@@ -4,7 +4,10 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
+#include <cstdlib>
 #include <fstream>
+#include <new>
 #include <vector>
 
 #include "core/append.hpp"
@@ -61,27 +64,48 @@ void reserve_append_attend(const Forward& call) {
   run.attend();
 }
 
-/// In a child whose address space may grow by `bytes`: 0: the call was done; 1: it threw out_of_memory and the cache is
-/// as it was; else what is wrong.
+/// Bounds the address space, in bytes.
+void bound_address_space(rlim_t bytes) {
+  rlimit limit{};
+  getrlimit(RLIMIT_AS, &limit);
+  limit.rlim_cur = std::min(bytes, limit.rlim_max);
+  if (setrlimit(RLIMIT_AS, &limit) != 0) _exit(10);
+}
+
+/// The child's part: 0: the call was done; 1: it threw out_of_memory and the cache is as it was; else what is wrong.
+int outcome_in_child(int64_t bytes) {
+  set_num_threads(1);
+  Joining joining;
+  const HostTensor k = joining.c.k, v = joining.c.v;
+  const Forward call = joining.call();
+  new cpu::Arena(1);  // takes, for good, the block that is kept between calls, if there is one
+  const int64_t now = address_space();
+  bound_address_space(static_cast<rlim_t>(now));
+  while (void* volatile taken = std::malloc(1 << 12)) static_cast<void>(taken);  // and what else is free
+  bound_address_space(static_cast<rlim_t>(now + bytes));
+  int outcome = 0;
+  try {
+    reserve_append_attend(call);
+  } catch (const Error& e) {
+    outcome = e.code() == ErrorCode::out_of_memory ? 1 : 12;
+  } catch (const std::bad_alloc&) {
+    outcome = 1;
+  }
+  bound_address_space(RLIM_INFINITY);
+  const bool unwritten = close(joining.c.k, k, 0.0) && close(joining.c.v, v, 0.0);
+  return outcome > 1 || unwritten == (outcome == 1) ? outcome : 14;
+}
+
+/// In a child whose address space may grow by `bytes`.
 int outcome_with(int64_t bytes) {
   const pid_t child = fork();
   if (child == 0) {
-    set_num_threads(1);
-    Joining joining;
-    const HostTensor k = joining.c.k, v = joining.c.v;
-    const Forward call = joining.call();
-    const rlimit limit{static_cast<rlim_t>(address_space() + bytes), RLIM_INFINITY};
-    if (setrlimit(RLIMIT_AS, &limit) != 0) _exit(10);
+    int outcome = 13;
     try {
-      reserve_append_attend(call);
-      _exit(close(joining.c.k, k, 0.0) ? 11 : 0);
-    } catch (const Error& e) {
-      if (e.code() != ErrorCode::out_of_memory) _exit(12);
-    } catch (const std::bad_alloc&) {
-    } catch (...) {
-      _exit(13);
+      outcome = outcome_in_child(bytes);
+    } catch (...) {  // the child must not go on with the tests
     }
-    _exit(close(joining.c.k, k, 0.0) && close(joining.c.v, v, 0.0) ? 1 : 14);
+    _exit(outcome);
   }
   int status = -1;
   waitpid(child, &status, 0);
