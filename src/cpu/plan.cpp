@@ -10,36 +10,37 @@
 
 namespace flash_attn::cpu {
 
-// What the plan is made of. Numbers in brackets are entries of docs/performance-log.md that measured it; "counted": see
-// the text beside it.
+// What the plan is made of. [n]: the entry of docs/performance-log.md that measured it. "Counted": by what stands
+// there.
 //
-//                                              unit      value             evidence
+// clang-format off
+//                                               unit     of what, and the evidence
 // Many rows
-constexpr int64_t kWaveBytes = 16 << 20;  // bytes     packs of a wave   counted: stays in an L3, few barriers
-constexpr int64_t kMaxRows = 768;         // rows      of a task         [39]: each task reads all packed keys from L3
-constexpr int64_t kTasksPerWorker = 8;    // tasks     of a wave         [39]: all workers end at about the same time
-constexpr int64_t kMaxRowsShared = 192;   // rows      of a task that takes several heads; of the backward at a time
-                                          //                            [25], [41]: more gains nothing
-constexpr int64_t kEnoughTasks = 24;      // tasks     where workers must not count [11]
+constexpr int64_t kWaveBytes       = 16 << 20;   // bytes   packs of a wave. Counted: they stay in an L3
+constexpr int64_t kMaxRows         = 768;        // rows    of a task [39]: each task reads all packed keys from L3
+constexpr int64_t kTasksPerWorker  = 8;          // tasks   of a wave [39]: all workers end at about the same time
+constexpr int64_t kMaxRowsShared   = 192;        // rows    of a task of several heads; of the backward [25, 41]
+constexpr int64_t kEnoughTasks     = 24;         // tasks   where workers must not count [11]
 // Few rows
-constexpr int64_t kFewRows = 256;             // rows      of a key head     [11]
-constexpr int64_t kFewRowsBytes = 256 << 10;  // bytes     q and o of them   counted: half of an L2 of 512 KiB
-constexpr int64_t kChunkBytes = 512 << 10;  // bytes     K and V packed    [11], counted: with q and o in an L2 of 1 MiB
-constexpr int64_t kEnoughOwners = 16;       // tasks     to make by splits [12]
-constexpr int64_t kMinKeysPerSplit = 256;   // keys      [12], counted: merging costs 2 / keys of the products
-constexpr int64_t kAheadBytes = 512 << 10;  // bytes     asked for ahead   [46], counted: fits L2 beside the workspace
+constexpr int64_t kFewRows         = 256;        // rows    of a key head [11]
+constexpr int64_t kFewRowsBytes    = 256 << 10;  // bytes   q and o of them. Counted: half of an L2 of 512 KiB
+constexpr int64_t kChunkBytes      = 512 << 10;  // bytes   a chunk's packs [11]. Counted: with q, o in L2 (1 MiB)
+constexpr int64_t kEnoughOwners    = 16;         // tasks   that splits are made for [12]
+constexpr int64_t kMinKeysPerSplit = 256;        // keys    [12]. Counted: merging costs 2 / keys of the products
+constexpr int64_t kAheadBytes      = 512 << 10;  // bytes   asked for ahead [46]. Counted: in L2 beside the workspace
 // Keys in place
-constexpr int64_t kEnoughInPlace = 64;    // tasks     to make by splits [34]: all cores wait for memory
-constexpr int64_t kRowsInPlace = 64;      // rows      of a team         [34]: q, scores and o stay in L2
-constexpr int64_t kMinKeysInPlace = 128;  // keys      of a split        counted: o, read twice, is 1 / 64 of the keys
-constexpr int64_t kKeysInPlace = 1024;    // keys      looked up at once: 16 KiB of addresses
+constexpr int64_t kEnoughInPlace   = 64;         // tasks   that splits are made for [34]: all cores wait for memory
+constexpr int64_t kRowsInPlace     = 64;         // rows    of a team [34]: q, scores and o stay in L2
+constexpr int64_t kMinKeysInPlace  = 128;        // keys    of a split. Counted: o, moved twice, is 1 / 64 of the keys
+constexpr int64_t kKeysInPlace     = 1024;       // keys    looked up at once: 16 KiB of addresses
 // Both passes
-constexpr double kSmallFlops = 2e6;  // FLOPs     no splits below   [38]: 10 us, as long as waking others takes
-constexpr double kTinyFlops = 3e5;   // FLOPs     no second thread  [38]
+constexpr double kSmallFlops       = 2e6;        // FLOPs   below, no splits [38]: 10 us, as long as waking others takes
+constexpr double kTinyFlops        = 3e5;        // FLOPs   below, one worker [38]
 // Backward
-constexpr int64_t kPartialBytes = 64 << 20;  // bytes     partial dq of a wave: memory does not grow with the heads
-constexpr int64_t kSplitsBytes = 2 << 20;    // bytes     of splits taken up at once [42]
-constexpr int64_t kHeadsPerWorker = 4;       // heads     that leave no worker idle when each takes whole ones [42]
+constexpr int64_t kPartialBytes    = 64 << 20;   // bytes   partial dq of a wave: memory does not grow with the heads
+constexpr int64_t kSplitsBytes     = 2 << 20;    // bytes   of the splits that a task takes up at once [42]
+constexpr int64_t kHeadsPerWorker  = 4;          // heads   that leave no worker idle when each takes whole ones [42]
+// clang-format on
 
 /// Heads of seqlen_q queries that one task of `rows` rows takes whole; 0: a task has rows of one head only.
 static int64_t heads_of_task(int64_t rows, int64_t seqlen_q) { return seqlen_q * 2 <= rows ? rows / seqlen_q : 0; }

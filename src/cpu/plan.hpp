@@ -1,9 +1,9 @@
 // Plan: how a Problem is cut into tasks. A pure function of (Problem, kernels, workers).
 //
-// The bits of a result depend on two things in it: which rows make a tile (24 rows in another order round as before,
-// but a row's maximum is raised tile by tile), and which keys make a split. Both are functions of (Problem, kernels)
-// alone, so results are the same for any number of threads. How many tiles of rows a task takes up may depend on the
-// workers: 4096 queries are 6 tasks of 768 rows for one worker and 24 of 170 for sixteen.
+// The bits of a result depend on two things in it: which rows share a score tile (its keys are those that one of its
+// rows sees, and a row's maximum is raised once a tile), and which keys make a split. Both are functions of (Problem,
+// kernels) alone, so results are the same for any number of threads. How many tiles of rows a task takes up may depend
+// on the workers: 4096 queries are 6 tasks of 768 rows for one worker and 24 of 170 for sixteen.
 //
 // Words:
 //   group     the query heads that share a key head: 32 query heads over 8 key heads are groups of 4
