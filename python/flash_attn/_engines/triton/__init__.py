@@ -1,0 +1,73 @@
+"""The `triton` backend: our own Triton kernels on any device that Triton serves.
+
+`TritonEngine` receives a checked Problem `p` and the caller's tensors `t`, makes arguments of them and launches. It
+reads no tensor's contents, waits for nothing, and allocates by torch only: calls can be captured in a graph.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import triton
+
+from flash_attn._engines.triton import configs
+from flash_attn._engines.triton.backward import run_backward
+from flash_attn._engines.triton.device import device_of
+from flash_attn._engines.triton.forward import Plan, run_forward
+
+_INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+
+
+class TritonEngine:
+    name = "triton"
+
+    def forward(self, p, t) -> None:
+        with _on(t.q) as index:
+            run_forward(p, t, device_of(t.q.device.type, index), index, triton.__version__)
+
+    def backward(self, p, t) -> None:
+        with _on(t.q) as index:
+            run_backward(p, t, device_of(t.q.device.type, index), index, triton.__version__)
+
+    def refuses(self, p) -> str:
+        if p.dtype == "float64":
+            return "q: triton computes in float16, bfloat16 and float32, got float64"
+        if max(p.headdim, p.headdim_v) > 512:
+            return f"headdim: at most 512 in triton, got {p.headdim} (v: {p.headdim_v})"
+        if _INTERPRETED and p.dtype == "bfloat16":
+            return "q: Triton's interpreter has no right products of bfloat16"
+        return ""
+
+    def plan(self, p) -> str:
+        device = device_of(p.device_type, p.device_index) if hasattr(p, "device_type") else None
+        if device is None:
+            return ""
+        plan = Plan(p, device, triton.__version__)
+        tile = plan.tile
+        parts = f", keys in {plan.parts} parts" if plan.parts > 1 else ""
+        packed = ", a group's heads in one tile" if plan.pack else ""
+        return (
+            f"tiles of {tile.rows} rows x {tile.keys} keys, {tile.warps} warps, {tile.stages} stages{packed}{parts}; "
+            f"{configs.source(device.arch, triton.__version__)}"
+        )
+
+
+class _on:
+    """Makes the device of a tensor current, if it is not: -> its index."""
+
+    __slots__ = ("_guard", "_index")
+
+    def __init__(self, x: torch.Tensor):
+        self._index = x.get_device()
+        self._guard = None
+
+    def __enter__(self) -> int:
+        if self._index >= 0 and torch.cuda.current_device() != self._index:
+            self._guard = torch.cuda.device(self._index)
+            self._guard.__enter__()
+        return self._index
+
+    def __exit__(self, *error) -> None:
+        if self._guard is not None:
+            self._guard.__exit__(*error)
