@@ -104,7 +104,7 @@ def run_backward(p, t, device, index, version) -> None:
     heads, tiles = p.batch * p.nheads_k, -(-keys // tile.keys)
     programs = heads * tiles
     grid = programs + (-(-p.rows_k // tile.keys) if packed_k else 0)
-    constants = (tile.rows, tile.keys, columns, columns_v, even, unit, wide, mask, mask > 0, exact)
+    constants = (tile.rows, tile.keys, columns, columns_v, even, unit, wide, mask, int(mask > 0), exact, tile.stages)
     if grid:
         arguments = (
             t.q, t.k, t.v, t.dout, t.dk, t.dv, lse2, delta, *optional,
@@ -120,7 +120,7 @@ def run_backward(p, t, device, index, version) -> None:
     heads, tiles = p.batch * p.nheads, -(-rows // tile.rows)
     programs = heads * tiles
     grid = programs + (-(-p.rows_q // tile.rows) if packed_q else 0)
-    constants = (tile.rows, tile.keys, columns, columns_v, even, unit, wide, mask, mask > 0, exact)
+    constants = (tile.rows, tile.keys, columns, columns_v, even, unit, wide, mask, int(mask > 0), exact, tile.stages)
     if grid:
         arguments = (
             t.q, t.k, t.v, t.dout, t.dq, lse2, delta, *optional,

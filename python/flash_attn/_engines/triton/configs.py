@@ -64,6 +64,8 @@ def safe(which: str, columns: int, itemsize: int, shared: int, most_rows: int = 
             choices.insert(0, Tile(128, 64, 4, 2))
     else:
         choices = [Tile(64, 64, 4, 2), Tile(64, 64, 8, 1)]
+    if itemsize == 2 and most_rows < 64:  # few rows: bound by memory, so keys in flight are what counts
+        choices = [Tile(most_rows, 64, 4, 3), Tile(most_rows, 64, 4, 2), Tile(most_rows, 32, 4, 2)]
     choices += [Tile(32, 32, 4, 2), Tile(32, 32, 4, 1), Tile(32, 16, 4, 1), Tile(16, 16, 4, 1)]
     for tile in choices:
         if tile.rows <= most_rows and bytes_of(which, tile, columns, itemsize) <= shared:

@@ -114,7 +114,7 @@ class Plan:
         self.heads = p.batch * (p.nheads_k if self.pack else p.nheads)
         programs = self.tiles * self.heads
         self.parts = 1
-        if programs and programs * 2 <= device.processors * (4 if self.pack else 2) and p.max_seqlen_k >= 256:
+        if programs and programs * 2 <= device.processors * (4 if self.pack else 1) and p.max_seqlen_k >= 256:
             # Enough parts to keep every processor busy, of 128 keys at least.
             self.parts = max(1, min(device.processors * 2 // programs, p.max_seqlen_k // 128, 64))
         # Under a mask rows differ in work, and tiles are taken across heads: as many as leave their keys in the cache.
@@ -206,7 +206,8 @@ def run_forward(p, t, device, index, version) -> None:
     numbers = (*alibi, *bias, sink_h, *rotary[:4], q_c, k_c, v_c, o_c, lse_r)
     constants = (
         tile.rows, tile.keys, plan.columns, plan.columns_v, even, unit, wide, mask, paged, plan.pack, split,
-        p.rotary_interleaved if p.rotary_dim else False, sign, mask > 0, precision(p),
+        p.rotary_interleaved if p.rotary_dim else False, sign, int(mask > 0), precision(p),
+        tile.stages,
     )  # fmt: skip
     key = (
         p.dtype, aligned, constants, presence(optional), lse is None, used is None, new[0] is None, p.softcap != 0,

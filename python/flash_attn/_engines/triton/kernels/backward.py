@@ -11,9 +11,9 @@ import triton
 import triton.language as tl
 
 from .dropout import seed_of
-from .forward import weigh
+from .forward import any_nan, weigh
 from .gradients import score_gradients
-from .mask import key_tiles, row_interval, row_tiles, tile_at, tile_count
+from .mask import key_tiles, row_tiles, tile_at, tile_count
 from .sequences import clear_rows, is_outside, key_rows, load_tile, query_rows, tile_and_head
 
 
@@ -41,6 +41,7 @@ def dkdv_kernel(
     factor: "fp32", scale: "fp32", softcap, drop_scale,
     ROWS: tl.constexpr, KEYS: tl.constexpr, COLS: tl.constexpr, COLS_V: tl.constexpr, EVEN: tl.constexpr,
     UNIT: tl.constexpr, WIDE: tl.constexpr, MASK: tl.constexpr, GUARD: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """heads = batch * nheads_k; factor, scale of q.k: of raw scores in base 2, and the softmax scale."""
     headdim *= UNIT
@@ -64,7 +65,7 @@ def dkdv_kernel(
     n = tile * KEYS
     if n >= count:
         return
-    q_batch, q_first, _, seqlen_q = query_rows(b, cu_q, used_q, rows_q)
+    q_batch, q_first, rows, seqlen_q = query_rows(b, cu_q, used_q, rows_q)
 
     k_at = k + (k_batch.to(tl.int64) * k_b + head_k.to(tl.int64) * k_h) * UNIT
     v_at = v + (k_batch.to(tl.int64) * v_b + head_k.to(tl.int64) * v_h) * UNIT
@@ -82,37 +83,46 @@ def dkdv_kernel(
 
     acc_k = tl.zeros((KEYS, COLS), tl.float32)
     acc_v = tl.zeros((KEYS, COLS_V), tl.float32)
-    for g in range(group):
-        h = head_k * group + g
-        q_at = q + (q_batch.to(tl.int64) * q_b + h.to(tl.int64) * q_h) * UNIT
-        do_at = dout + (q_batch.to(tl.int64) * do_b + h.to(tl.int64) * do_h) * UNIT
-        stats = (q_batch.to(tl.int64) * nheads + h) * rows_q + q_first
-        for EDGE in tl.static_range(2):
-            for index in range(tile_count(start, full, stop, end, ROWS, EDGE)):
-                m = tile_at(index, start, full, stop, ROWS, EDGE)
-                i = m + tl.arange(0, ROWS)
-                queries = load_tile(q_at, m, q_first, seqlen_q, None, None, None, q_b, q_r, q_c, headdim,
-                                    ROWS, COLS, EVEN, EDGE, 0, UNIT, WIDE)  # fmt: skip
-                if EDGE:
-                    l2 = tl.load(lse2 + stats + i, mask=i < seqlen_q, other=float("inf"))
-                    d = tl.load(delta + stats + i, mask=i < seqlen_q, other=0.0)
-                else:
-                    l2 = tl.load(lse2 + stats + i)
-                    d = tl.load(delta + stats + i)
-                s = tl.dot(keys, tl.trans(queries), input_precision=PRECISION)
-                grads = load_tile(do_at, m, q_first, seqlen_q, None, None, None, do_b, do_r, do_c, headdim_v,
-                                  ROWS, COLS_V, EVEN, EDGE, 0, UNIT, WIDE)  # fmt: skip
-                dp = tl.dot(values, tl.trans(grads), input_precision=PRECISION)
-                position = i + count - seqlen_q
-                lo, hi = row_interval(position, count, left, right, chunk, MASK)
-                p, du, _, visible = score_gradients(
-                    s, dp, l2[None, :], d[None, :], i[None, :], j[:, None], lo[None, :], hi[None, :], n, m,
-                    position[None, :], h, b, nheads, seqlen_q, count, factor, scale, softcap, alibi, alibi_b, alibi_h,
-                    bias, bias_b, bias_h, bias_r, bias_c, bias_rows, bias_keys, k0, k1, last, threshold, drop_scale,
-                    EDGE and MASK > 0, True, ROWS, KEYS, PRECISION == "ieee",
-                )  # fmt: skip
-                acc_v = weigh(p, grads, visible, acc_v, EDGE and GUARD, PRECISION)
-                acc_k = weigh(du, queries, visible, acc_k, EDGE and GUARD, PRECISION)
+    heads_q = group
+    for PASS in tl.static_range(1 + GUARD):  # the second: see forward_kernel
+        if PASS == 1:
+            again = any_nan(acc_k) | any_nan(acc_v)
+            acc_k = tl.where(again, 0.0, acc_k)
+            acc_v = tl.where(again, 0.0, acc_v)
+            heads_q = tl.where(again, group, 0)
+            full = start
+            stop = start
+        for g in range(0, heads_q):
+            h = head_k * group + g
+            q_at = q + (q_batch.to(tl.int64) * q_b + h.to(tl.int64) * q_h) * UNIT
+            do_at = dout + (q_batch.to(tl.int64) * do_b + h.to(tl.int64) * do_h) * UNIT
+            stats = (q_batch.to(tl.int64) * nheads + h) * rows_q + q_first
+            for EDGE in tl.static_range(PASS, 2):
+                for index in tl.range(0, tile_count(start, full, stop, end, ROWS, EDGE), num_stages=1 if PASS == 1 else STAGES):
+                    m = tile_at(index, start, full, stop, ROWS, EDGE)
+                    i = m + tl.arange(0, ROWS)
+                    queries = load_tile(q_at, m, q_first, seqlen_q, None, None, None, q_b, q_r, q_c, headdim,
+                                        ROWS, COLS, EVEN, EDGE, 0, UNIT, WIDE)  # fmt: skip
+                    if EDGE:
+                        l2 = tl.load(lse2 + stats + i, mask=i < seqlen_q, other=float("inf"))
+                        d = tl.load(delta + stats + i, mask=i < seqlen_q, other=0.0)
+                    else:
+                        l2 = tl.load(lse2 + stats + i)
+                        d = tl.load(delta + stats + i)
+                    s = tl.dot(keys, tl.trans(queries), input_precision=PRECISION)
+                    grads = load_tile(do_at, m, q_first, seqlen_q, None, None, None, do_b, do_r, do_c, headdim_v,
+                                      ROWS, COLS_V, EVEN, EDGE, 0, UNIT, WIDE)  # fmt: skip
+                    dp = tl.dot(values, tl.trans(grads), input_precision=PRECISION)
+                    position = i + count - seqlen_q
+                    p, du, ds, visible = score_gradients(
+                        s, dp, l2[None, :], d[None, :], i[None, :], j[:, None], n, m,
+                        position[None, :], h, b, nheads, seqlen_q, count, factor, scale, softcap, left, right, chunk,
+                        alibi, alibi_b, alibi_h,
+                        bias, bias_b, bias_h, bias_r, bias_c, bias_rows, bias_keys, k0, k1, last, threshold, drop_scale,
+                        MASK, EDGE and MASK > 0, True, ROWS, KEYS, PRECISION == "ieee",
+                    )  # fmt: skip
+                    acc_v = weigh(p, grads, visible, acc_v, PASS == 1, PRECISION)
+                    acc_k = weigh(du, queries, visible, acc_k, PASS == 1, PRECISION)
     to_k = dk + (k_batch.to(tl.int64) * dk_b + head_k.to(tl.int64) * dk_h) * UNIT
     to_v = dv + (k_batch.to(tl.int64) * dv_b + head_k.to(tl.int64) * dv_h) * UNIT
     store_tile(to_k, k_first + j, j < count, dk_r, dk_c, headdim, acc_k * scale, COLS, UNIT)
@@ -130,6 +140,7 @@ def dq_kernel(
     factor: "fp32", scale: "fp32", softcap, drop_scale,
     ROWS: tl.constexpr, KEYS: tl.constexpr, COLS: tl.constexpr, COLS_V: tl.constexpr, EVEN: tl.constexpr,
     UNIT: tl.constexpr, WIDE: tl.constexpr, MASK: tl.constexpr, GUARD: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """heads = batch * nheads; the rest as in dkdv_kernel."""
     headdim *= UNIT
@@ -166,7 +177,6 @@ def dq_kernel(
     d = tl.load(delta + stats + i, mask=i < seqlen_q, other=0.0)
     k_at = k + (k_batch.to(tl.int64) * k_b + head_k.to(tl.int64) * k_h) * UNIT
     v_at = v + (k_batch.to(tl.int64) * v_b + head_k.to(tl.int64) * v_h) * UNIT
-    lo, hi = row_interval(position, count, left, right, chunk, MASK)
     start, full, stop, end = key_tiles(
         m, tl.minimum(m + ROWS, seqlen_q) - 1, seqlen_q, count, left, right, chunk, MASK, KEYS
     )
@@ -179,22 +189,30 @@ def dq_kernel(
         k0, k1, last = seed_of(state, seed, offset)
 
     acc = tl.zeros((ROWS, COLS), tl.float32)
-    for EDGE in tl.static_range(2):
-        for index in range(tile_count(start, full, stop, end, KEYS, EDGE)):
-            n = tile_at(index, start, full, stop, KEYS, EDGE)
-            keys = load_tile(k_at, n, k_first, count, None, None, None, k_b, k_r, k_c, headdim,
-                             KEYS, COLS, EVEN, EDGE, 0, UNIT, WIDE)  # fmt: skip
-            values = load_tile(v_at, n, k_first, count, None, None, None, v_b, v_r, v_c, headdim_v,
-                               KEYS, COLS_V, EVEN, EDGE, 0, UNIT, WIDE)  # fmt: skip
-            s = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
-            dp = tl.dot(grads, tl.trans(values), input_precision=PRECISION)
-            j = n + tl.arange(0, KEYS)
-            _, du, _, visible = score_gradients(
-                s, dp, l2[:, None], d[:, None], i[:, None], j[None, :], lo[:, None], hi[:, None], n, m,
-                position[:, None], h, b, nheads, seqlen_q, count, factor, scale, softcap, alibi, alibi_b, alibi_h,
-                bias, bias_b, bias_h, bias_r, bias_c, bias_rows, bias_keys, k0, k1, last, threshold, drop_scale,
-                EDGE, False, ROWS, KEYS, PRECISION == "ieee",
-            )  # fmt: skip
-            acc = weigh(du, keys, visible, acc, EDGE and GUARD, PRECISION)
+    for PASS in tl.static_range(1 + GUARD):
+        if PASS == 1:
+            again = any_nan(acc)
+            acc = tl.where(again, 0.0, acc)
+            end = tl.where(again, end, start)
+            full = start
+            stop = start
+        for EDGE in tl.static_range(PASS, 2):
+            for index in tl.range(0, tile_count(start, full, stop, end, KEYS, EDGE), num_stages=1 if PASS == 1 else STAGES):
+                n = tile_at(index, start, full, stop, KEYS, EDGE)
+                keys = load_tile(k_at, n, k_first, count, None, None, None, k_b, k_r, k_c, headdim,
+                                 KEYS, COLS, EVEN, EDGE, 0, UNIT, WIDE)  # fmt: skip
+                values = load_tile(v_at, n, k_first, count, None, None, None, v_b, v_r, v_c, headdim_v,
+                                   KEYS, COLS_V, EVEN, EDGE, 0, UNIT, WIDE)  # fmt: skip
+                s = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
+                dp = tl.dot(grads, tl.trans(values), input_precision=PRECISION)
+                j = n + tl.arange(0, KEYS)
+                p, du, ds, visible = score_gradients(
+                    s, dp, l2[:, None], d[:, None], i[:, None], j[None, :], n, m,
+                    position[:, None], h, b, nheads, seqlen_q, count, factor, scale, softcap, left, right, chunk,
+                        alibi, alibi_b, alibi_h,
+                    bias, bias_b, bias_h, bias_r, bias_c, bias_rows, bias_keys, k0, k1, last, threshold, drop_scale,
+                    MASK, EDGE, False, ROWS, KEYS, PRECISION == "ieee",
+                )  # fmt: skip
+                acc = weigh(du, keys, visible, acc, PASS == 1, PRECISION)
     to = dq + (q_batch.to(tl.int64) * dq_b + h.to(tl.int64) * dq_h) * UNIT
     store_tile(to, q_first + i, i < rows, dq_r, dq_c, headdim, acc * scale, COLS, UNIT)

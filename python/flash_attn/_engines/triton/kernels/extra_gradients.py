@@ -9,7 +9,6 @@ import triton.language as tl
 
 from .dropout import seed_of
 from .gradients import score_gradients
-from .mask import row_interval
 from .sequences import key_rows, load_tile, query_rows
 
 
@@ -42,7 +41,7 @@ def dbias_kernel(
     acc = tl.zeros((ROWS, KEYS), tl.float32)
     for x in range(batch // shape_b):
         b = bias_batch + x
-        q_batch, q_first, _, seqlen_q = query_rows(b, cu_q, used_q, rows_q)
+        q_batch, q_first, rows, seqlen_q = query_rows(b, cu_q, used_q, rows_q)
         k_batch, k_first, count = key_rows(
             b, cu_k, used_k, leftpad, None, None, rows_k, 1, seqlen_k, used, None, None, None, False
         )
@@ -67,8 +66,6 @@ def dbias_kernel(
                 for m in range(first, last_row, ROWS):
                     i = m + tl.arange(0, ROWS)
                     position = i + count - seqlen_q
-                    lo, hi = row_interval(position, count, left, right, chunk, MASK)
-                    hi = tl.where(i < seqlen_q, hi, lo)
                     queries = load_tile(q_at, q_first * 0 + m, q_first, seqlen_q, None, None, None, q_b, q_r, q_c,
                                         headdim, ROWS, COLS, EVEN, True, 0, UNIT, WIDE)  # fmt: skip
                     grads = load_tile(do_at, q_first * 0 + m, q_first, seqlen_q, None, None, None, do_b, do_r, do_c,
@@ -77,11 +74,11 @@ def dbias_kernel(
                     d = tl.load(delta + stats + i, mask=i < seqlen_q, other=0.0)
                     s = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
                     dp = tl.dot(grads, tl.trans(values), input_precision=PRECISION)
-                    _, _, ds, _ = score_gradients(
-                        s, dp, l2[:, None], d[:, None], i[:, None], j[None, :], lo[:, None], hi[:, None], n, m,
-                        position[:, None], h, b, nheads, seqlen_q, count, factor, scale, softcap, alibi, alibi_b,
-                        alibi_h, bias, bias_b, bias_h, bias_r, bias_c, bias_rows, bias_keys, k0, k1, last, threshold,
-                        drop_scale, True, False, ROWS, KEYS, PRECISION == "ieee",
+                    p, du, ds, visible = score_gradients(
+                        s, dp, l2[:, None], d[:, None], i[:, None], j[None, :], n, m,
+                        position[:, None], h, b, nheads, seqlen_q, count, factor, scale, softcap, left, right, chunk,
+                        alibi, alibi_b, alibi_h, bias, bias_b, bias_h, bias_r, bias_c, bias_rows, bias_keys, k0, k1, last, threshold,
+                        drop_scale, MASK, True, False, ROWS, KEYS, PRECISION == "ieee",
                     )  # fmt: skip
                     acc += ds
     to = dbias + bias_batch.to(tl.int64) * db_b + bias_head.to(tl.int64) * db_h + j.to(tl.int64)[None, :] * db_c

@@ -12,31 +12,30 @@ import triton
 import triton.language as tl
 
 from .dropout import kept, seed_of
-from .mask import key_tiles, row_interval, tile_at, tile_count
+from .mask import is_visible, key_tiles, tile_at, tile_count
 from .rotary import first_position, rotate
 from .scores import LOG2E, natural_scores
-from .sequences import clear_rows, is_outside, key_rows, load_tile, query_rows, tile_and_head
+from .sequences import clamp, clear_rows, is_outside, key_rows, load_tile, query_rows, tile_and_head
 
 
 @triton.jit
-def weigh(p, v, visible, acc, GUARD: tl.constexpr, PRECISION: tl.constexpr):
-    """acc + p v. A value that is no number must not reach the rows that do not see it, though their p is 0 there.
-
-    visible: (rows, keys) of p. GUARD: whether some rows may not see all. The test costs a pass over v, in edges only.
-    """
-    if GUARD:
+def weigh(p, v, visible, acc, CAREFUL: tl.constexpr, PRECISION: tl.constexpr):
+    """acc + p v. CAREFUL: a value that is no finite number reaches only the rows that see it; p alone would not do, since
+    0 times NaN is NaN. visible: (rows, keys) of p."""
+    if CAREFUL:
         strange = (v.to(tl.float32) - v.to(tl.float32)) != 0
-        if tl.max(tl.max(strange.to(tl.int32), 1), 0) > 0:
-            seen = tl.dot(visible.to(v.dtype), strange.to(v.dtype), input_precision="ieee") > 0
-            reached = tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
-            clean = tl.where(strange, 0.0, v.to(tl.float32)).to(v.dtype)
-            acc = tl.dot(p.to(v.dtype), clean, acc, input_precision=PRECISION)
-            acc = tl.where(seen, acc + reached, acc)
-        else:
-            acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
-        return acc
+        seen = tl.dot(visible.to(v.dtype), strange.to(v.dtype), input_precision="ieee") > 0
+        reached = tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
+        finite = tl.where(strange, 0.0, v.to(tl.float32)).to(v.dtype)
+        acc = tl.dot(p.to(v.dtype), finite, acc, input_precision=PRECISION)
+        return tl.where(seen, acc + reached, acc)
     else:
         return tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def any_nan(x):
+    return tl.max(tl.max((x != x).to(tl.int32), 1), 0) > 0
 
 
 @triton.jit
@@ -54,6 +53,7 @@ def forward_kernel(
     ROWS: tl.constexpr, KEYS: tl.constexpr, COLS: tl.constexpr, COLS_V: tl.constexpr, EVEN: tl.constexpr,
     UNIT: tl.constexpr, WIDE: tl.constexpr, MASK: tl.constexpr, PAGED: tl.constexpr, PACK: tl.constexpr,
     SPLIT: tl.constexpr, INTERLEAVED: tl.constexpr, SIGN: tl.constexpr, GUARD: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """q (batch, row, head, col) and so on; lse (batch, head, row); headdim in units; heads = batch * heads of the grid.
 
@@ -156,7 +156,6 @@ def forward_kernel(
     else:
         k_at += k_batch.to(tl.int64) * k_b * UNIT
         v_at += k_batch.to(tl.int64) * v_b * UNIT
-    lo, hi = row_interval(position, count, left, right, chunk, MASK)
     start, full, stop, end = key_tiles(
         i_first, tl.minimum(i_last, seqlen_q - 1), seqlen_q, count, left, right, chunk, MASK, KEYS
     )
@@ -164,55 +163,66 @@ def forward_kernel(
         end = start
         full = start
         stop = start
+    if SPLIT:  # a part has its share of the tiles
+        share = ((end - start) // KEYS + splits - 1) // splits * KEYS
+        start = tl.minimum(start + part * share, end)
+        end = tl.minimum(start + share, end)
+        full = clamp(full, start, end)
+        stop = clamp(stop, full, end)
     plane = b * nheads + h
     if threshold is not None:
         k0, k1, last = seed_of(state, seed, offset)
 
     PLAIN: tl.constexpr = softcap is None and alibi is None and bias is None
-    slope_of_row = h[:, None]
     power = tl.exp2(tl.floor(tl.log2(factor)))  # a power of two: products with it are exact
     m = tl.full((ROWS,), float("-inf"), tl.float32)  # the largest raw score
     l = tl.zeros((ROWS,), tl.float32)
     acc = tl.zeros((ROWS, COLS_V), tl.float32)
-    for EDGE in tl.static_range(2):
-        last_tile = tile_count(start, full, stop, end, KEYS, EDGE)
-        first_tile = last_tile * 0
-        if SPLIT:  # each part has its share of the interior and of the edges
-            share = (last_tile + splits - 1) // splits
-            first_tile = tl.minimum(part * share, last_tile)
-            last_tile = tl.minimum(first_tile + share, last_tile)
-        for index in range(first_tile, last_tile):
-            n = tile_at(index, start, full, stop, KEYS, EDGE)
-            keys = load_tile(k_at, n, k_first, count, table, page_size, batch_k, k_b, k_r, k_c, headdim,
-                             KEYS, COLS, EVEN, EDGE, PAGED, UNIT, WIDE)  # fmt: skip
-            s = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
-            j = n + tl.arange(0, KEYS)[None, :]
-            if not PLAIN:
-                s, _ = natural_scores(
-                    s, i[:, None], j, position[:, None], slope_of_row, b, seqlen_q, count, scale, softcap,
-                    alibi, alibi_b, alibi_h, bias, bias_b, bias_h, bias_r, bias_c, bias_rows, bias_keys,
-                    PRECISION == "ieee",
-                )  # fmt: skip
-            visible = j < count
-            if EDGE:
-                visible = (j >= lo[:, None]) & (j < hi[:, None])
-                s = tl.where(visible, s, float("-inf"))
-            m_new = tl.maximum(m, tl.max(s, 1))
-            # One multiply-add per score rounds factor * m, not factor * s: an error of half an ulp of the largest
-            # exponent, common to the row, which the sum divides out. Where exponents exceed 2^24, it would overflow: the
-            # factor is rounded to a power of two, which is exact; what is not the largest is 0 there anyway.
-            times = tl.where(tl.abs(m_new) * factor < 16777216.0, factor, power)
-            top = tl.where(m_new == float("-inf"), 0.0, m_new)
-            p = tl.exp2(tl.fma(s, times[:, None], -(top * times)[:, None]))
-            shrink = tl.exp2((m - top) * factor)
-            l = l * shrink + tl.sum(p, 1)
-            acc = acc * shrink[:, None]
-            if threshold is not None:
-                p = tl.where(kept(i, n, plane, k0, k1, last, threshold, ROWS, KEYS), p, 0.0)
-            values = load_tile(v_at, n, k_first, count, table, page_size, batch_k, v_b, v_r, v_c, headdim_v,
-                               KEYS, COLS_V, EVEN, EDGE, PAGED, UNIT, WIDE)  # fmt: skip
-            acc = weigh(p, values, visible, acc, GUARD and EDGE, PRECISION)
-            m = m_new
+    # GUARD: under a mask, a value that is no number may have met a probability of 0 in a row that does not see it. Then
+    # there is a NaN in acc, and all is done once more, carefully; else the second pass has no tiles.
+    for PASS in tl.static_range(1 + GUARD):
+        if PASS == 1:
+            again = any_nan(acc)
+            m = tl.where(again, float("-inf"), m)
+            l = tl.where(again, 0.0, l)
+            acc = tl.where(again, 0.0, acc)
+            end = tl.where(again, end, start)
+            full = start
+            stop = start
+        for EDGE in tl.static_range(PASS, 2):
+            tiles_here = tile_count(start, full, stop, end, KEYS, EDGE)
+            for index in tl.range(0, tiles_here, num_stages=1 if PASS == 1 else STAGES):
+                n = tile_at(index, start, full, stop, KEYS, EDGE)
+                keys = load_tile(k_at, n, k_first, count, table, page_size, batch_k, k_b, k_r, k_c, headdim,
+                                 KEYS, COLS, EVEN, EDGE, PAGED, UNIT, WIDE)  # fmt: skip
+                s = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
+                j = n + tl.arange(0, KEYS)[None, :]
+                if not PLAIN:
+                    s, t = natural_scores(
+                        s, i[:, None], j, position[:, None], h[:, None], b, seqlen_q, count, scale, softcap,
+                        alibi, alibi_b, alibi_h, bias, bias_b, bias_h, bias_r, bias_c, bias_rows, bias_keys,
+                        PRECISION == "ieee",
+                    )  # fmt: skip
+                visible = j < count
+                if EDGE:
+                    visible = is_visible(j, position[:, None], count, left, right, chunk, MASK)
+                    s = tl.where(visible, s, float("-inf"))
+                m_new = tl.maximum(m, tl.max(s, 1))
+                # One multiply-add per score rounds factor * m, not factor * s: an error of half an ulp of the largest
+                # exponent, common to the row, which the sum divides out. Where exponents exceed 2^24 it would
+                # overflow: there the factor is a power of two, which is exact, and what is not the largest is 0 anyway.
+                times = tl.where(tl.abs(m_new) * factor < 16777216.0, factor, power)
+                top = tl.where(m_new == float("-inf"), 0.0, m_new)
+                p = tl.exp2(tl.fma(s, times[:, None], -(top * times)[:, None]))
+                shrink = tl.exp2((m - top) * factor)
+                l = l * shrink + tl.sum(p, 1)
+                acc = acc * shrink[:, None]
+                if threshold is not None:
+                    p = tl.where(kept(i, n, plane, k0, k1, last, threshold, ROWS, KEYS), p, 0.0)
+                values = load_tile(v_at, n, k_first, count, table, page_size, batch_k, v_b, v_r, v_c, headdim_v,
+                                   KEYS, COLS_V, EVEN, EDGE, PAGED, UNIT, WIDE)  # fmt: skip
+                acc = weigh(p, values, visible, acc, PASS == 1, PRECISION)
+                m = m_new
 
     # natural logarithms from here on; a row has seen something if its sum is not 0 (NaN included)
     top = m * (scale if PLAIN else 1.0)

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from .dropout import kept
+from .mask import is_visible
 from .scores import natural_scores
 
 
@@ -56,14 +57,14 @@ def delta_kernel(
 
 @triton.jit
 def score_gradients(
-    dots, dots_v, l2, d, i, j, lo, hi, n, m, position, h, b, nheads, seqlen_q, seqlen_k, factor, scale, softcap,
-    alibi, alibi_b, alibi_h, bias, bias_b, bias_h, bias_r, bias_c, bias_rows, bias_keys,
-    k0, k1, last, threshold, drop_scale, HIDE: tl.constexpr, TRANSPOSED: tl.constexpr,
+    dots, dots_v, l2, d, i, j, n, m, position, h, b, nheads, seqlen_q, seqlen_k, factor, scale, softcap,
+    left, right, chunk, alibi, alibi_b, alibi_h, bias, bias_b, bias_h, bias_r, bias_c, bias_rows, bias_keys,
+    k0, k1, last, threshold, drop_scale, MASK: tl.constexpr, HIDE: tl.constexpr, TRANSPOSED: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """dots = q.k and dots_v = dout.v of rows m + [0, ROWS) and keys n + [0, KEYS), or transposed.
 
-    -> Z P, dU, dS and what is visible. l2, d, i, lo, hi, position broadcast along keys, j along rows. HIDE: whether some
+    -> Z P, dU, dS and what is visible. l2, d, i, position broadcast along keys, j along rows. HIDE: whether some
     entries are masked.
     """
     PLAIN: tl.constexpr = softcap is None and alibi is None and bias is None
@@ -74,7 +75,7 @@ def score_gradients(
             bias, bias_b, bias_h, bias_r, bias_c, bias_rows, bias_keys, EXACT,
         )  # fmt: skip
     p = tl.exp2(tl.fma(raw, factor, -l2))
-    visible = (j >= lo) & (j < hi)
+    visible = is_visible(j, position, seqlen_k, left, right, chunk, MASK)
     if HIDE:
         p = tl.where(visible, p, 0.0)
     dp = dots_v

@@ -30,6 +30,20 @@ def row_interval(p, seqlen_k, left, right, chunk, MASK: tl.constexpr):
 
 
 @triton.jit
+def is_visible(j, position, seqlen_k, left, right, chunk, MASK: tl.constexpr):
+    """The same interval, entry by entry: j and position broadcast to a tile. Compares j - position with numbers, so that
+    a program holds no bounds of rows."""
+    visible = j < seqlen_k
+    if MASK > 0:
+        gap = j - position
+        visible = visible & (gap <= right) & (gap >= -left)
+    if MASK == 2:
+        start = floor_div(position, chunk) * chunk
+        visible = visible & (j >= start) & (j < start + chunk)
+    return visible
+
+
+@triton.jit
 def key_tiles(i_first, i_last, seqlen_q, seqlen_k, left, right, chunk, MASK: tl.constexpr, KEYS: tl.constexpr):
     """Tiles of KEYS keys for the rows i_first..i_last: -> start, full, stop, end, multiples of KEYS from key 0.
 

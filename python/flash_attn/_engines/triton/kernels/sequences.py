@@ -88,10 +88,12 @@ def tile_offsets(rows, cols, stride_row, stride_col, UNIT: tl.constexpr, WIDE: t
     else:
         along = rows[:, None] * stride_row.to(tl.int32) * UNIT
     if stride_col is None:
-        return along + cols[None, :]
-    if WIDE:
-        return along + cols.to(tl.int64)[None, :] * stride_col
-    return along + cols[None, :] * stride_col
+        across = cols[None, :]
+    elif WIDE:
+        across = cols.to(tl.int64)[None, :] * stride_col
+    else:
+        across = cols[None, :] * stride_col
+    return along + across
 
 
 @triton.jit
