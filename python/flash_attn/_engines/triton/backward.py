@@ -1,4 +1,4 @@
-"""The backward: delta, then dk with dv, then dq; and, where asked for, the gradients of bias and sink."""
+"""The backward: dq and the statistics of rows, then dk and dv; and, where asked for, the gradients of bias and sink."""
 
 from __future__ import annotations
 
@@ -19,12 +19,10 @@ from flash_attn._engines.triton.forward import (
 )
 from flash_attn._engines.triton.kernels.backward import dkdv_kernel, dq_kernel
 from flash_attn._engines.triton.kernels.extra_gradients import dbias_kernel, dsink_kernel
-from flash_attn._engines.triton.kernels.gradients import delta_kernel
 from flash_attn._engines.triton.launch import Kernel
 
-DELTA = Kernel(delta_kernel, ("out", "dout"))
 DKDV = Kernel(dkdv_kernel, ("q", "k", "v", "dout", "dk", "dv"))
-DQ = Kernel(dq_kernel, ("q", "k", "v", "dout", "dq"))
+DQ = Kernel(dq_kernel, ("q", "k", "v", "out", "dout", "dq"))
 DBIAS = Kernel(dbias_kernel, ("q", "k", "v", "dout"))
 DSINK = Kernel(dsink_kernel, ())
 
@@ -38,8 +36,8 @@ def run_backward(p, t, device, index, version) -> None:
         t.dq.zero_()
 
     unit = 4 if p.dtype == "float32" else 8
-    tensors = (t.q, t.k, t.v, t.dout, t.dq, t.dk, t.dv)
-    layouts = [strides(x, packed_k if i in (1, 2, 5, 6) else packed_q) for i, x in enumerate(tensors)]
+    tensors = (t.q, t.k, t.v, t.out, t.dout, t.dq, t.dk, t.dv)
+    layouts = [strides(x, packed_k if i in (1, 2, 6, 7) else packed_q) for i, x in enumerate(tensors)]
     bits = p.headdim | p.headdim_v
     aligned = True
     wide = False
@@ -53,11 +51,15 @@ def run_backward(p, t, device, index, version) -> None:
     else:
         unit = 1
         layouts = [(b, r, h, None if c == 1 else c) for b, r, h, c in layouts]
-    q, k, v, dout, dq, dk, dv = layouts
+    q, k, v, out, dout, dq, dk, dv = layouts
+    lse_b, lse_h, lse_r = (0, *t.lse.stride()) if packed_q else t.lse.stride()
+    dlse_b, dlse_h, dlse_r = 0, 0, None
+    if t.dlse is not None:
+        dlse_b, dlse_h, dlse_r = (0, *t.dlse.stride()) if packed_q else t.dlse.stride()
 
-    rows = p.batch_q * p.nheads * p.rows_q
-    lse2, delta = t.q.new_empty((2, max(rows, 1)), dtype=torch.float32).unbind(0)
-    row_statistics(p, t, lse2, delta, unit if aligned else 1, index)
+    lse2, delta = t.q.new_empty((2, max(p.batch_q * p.nheads * p.rows_q, 1)), dtype=torch.float32).unbind(0)
+    if t.dsink is not None and packed_q and t.seqused_q is not None:
+        lse2.fill_(torch.inf)  # rows beyond those in use may be in no tile
 
     columns, columns_v = power_of_two(p.headdim), power_of_two(p.headdim_v)
     widest = max(columns, columns_v)
@@ -83,7 +85,7 @@ def run_backward(p, t, device, index, version) -> None:
     exact = precision(p)
     base_key = (
         p.dtype, aligned, presence(optional), used is None, p.softcap != 0, threshold is None,
-        None if t.bias is None else t.bias.dtype, widths((*alibi, *bias, *(x[3] for x in layouts))),
+        None if t.bias is None else t.bias.dtype, widths((*alibi, *bias, *(x[3] for x in layouts), lse_r, dlse_r)),
         tuple(x[3] is None for x in layouts),
     )  # fmt: skip
     sizes = (p.rows_q, p.rows_k, p.seqlen_k, p.headdim // unit, p.headdim_v // unit, used, left, right, chunk)
@@ -98,37 +100,39 @@ def run_backward(p, t, device, index, version) -> None:
         size = max(1, rows * (p.headdim + p.headdim_v) * itemsize)
         return max(1, min(heads, device.cache // 2 // size * group or 1))
 
-    # dk, dv
-    tile = tile_of("dkdv")
-    keys = p.max_seqlen_k if packed_k else p.rows_k
-    heads, tiles = p.batch * p.nheads_k, -(-keys // tile.keys)
-    programs = heads * tiles
-    grid = programs + (-(-p.rows_k // tile.keys) if packed_k else 0)
-    constants = (tile.rows, tile.keys, columns, columns_v, even, unit, wide, mask, int(mask > 0), exact, tile.stages)
-    if grid:
-        arguments = (
-            t.q, t.k, t.v, t.dout, t.dk, t.dv, lse2, delta, *optional,
-            *q[:3], *k[:3], *v[:3], *dout[:3], *dk[:3], *dv[:3], q[3], k[3], v[3], dout[3], dk[3], dv[3],
-            heads, p.nheads, p.group, tiles, block_of(heads, p.max_seqlen_q * p.group, 1), *sizes,
-            programs if packed_k else None, *tail,
-        )  # fmt: skip
-        DKDV((base_key, constants, tile), aligned, grid, index, p.stream, arguments, constants, *tile[2:])
-
-    # dq
     tile = tile_of("dq")
     rows = p.max_seqlen_q if packed_q else p.rows_q
     heads, tiles = p.batch * p.nheads, -(-rows // tile.rows)
     programs = heads * tiles
     grid = programs + (-(-p.rows_q // tile.rows) if packed_q else 0)
-    constants = (tile.rows, tile.keys, columns, columns_v, even, unit, wide, mask, int(mask > 0), exact, tile.stages)
+    constants = (tile.rows, tile.keys, columns, columns_v, even, unit, wide, mask, tile.single, exact)
     if grid:
         arguments = (
-            t.q, t.k, t.v, t.dout, t.dq, lse2, delta, *optional,
-            *q[:3], *k[:3], *v[:3], *dout[:3], *dq[:3], q[3], k[3], v[3], dout[3], dq[3],
+            t.q, t.k, t.v, t.out, t.dout, t.dq, lse2, delta, t.lse, t.dlse, *optional,
+            *q[:3], *k[:3], *v[:3], *out[:3], *dout[:3], *dq[:3], lse_b, lse_h, dlse_b, dlse_h,
+            q[3], k[3], v[3], out[3], dout[3], dq[3], lse_r, dlse_r,
             heads, p.nheads, p.group, tiles, block_of(heads, p.max_seqlen_k, p.group), *sizes,
             programs if packed_q else None, *tail,
         )  # fmt: skip
-        DQ((base_key, constants, tile), aligned, grid, index, p.stream, arguments, constants, *tile[2:])
+        key = (base_key, constants, tile, t.dlse is None)
+        DQ(key, aligned, grid, index, p.stream, arguments, constants, tile.warps, tile.stages)
+
+    for which, name in ((1, "dk"), (2, "dv")) if widest >= 256 and itemsize == 2 else ((0, "dkdv"),):
+        tile = tile_of(name)
+        keys = p.max_seqlen_k if packed_k else p.rows_k
+        heads, tiles = p.batch * p.nheads_k, -(-keys // tile.keys)
+        programs = heads * tiles
+        grid = programs + (-(-p.rows_k // tile.keys) if packed_k else 0)
+        constants = (tile.rows, tile.keys, columns, columns_v, even, unit, wide, mask, tile.single, exact, which)
+        if grid:
+            arguments = (
+                t.q, t.k, t.v, t.dout, t.dk, t.dv, lse2, delta, *optional,
+                *q[:3], *k[:3], *v[:3], *dout[:3], *dk[:3], *dv[:3], q[3], k[3], v[3], dout[3], dk[3], dv[3],
+                heads, p.nheads, p.group, tiles, block_of(heads, p.max_seqlen_q * p.group, 1), *sizes,
+                programs if packed_k else None, *tail,
+            )  # fmt: skip
+            key = (base_key, constants, tile)
+            DKDV(key, aligned, grid, index, p.stream, arguments, constants, tile.warps, tile.stages)
 
     if t.dbias is not None and t.dbias.numel():
         tile = tile_of("dbias")
@@ -142,36 +146,10 @@ def run_backward(p, t, device, index, version) -> None:
             p.batch, p.nheads, p.group, tiles_r, tiles_c, *shape, *sizes, *tail,
         )  # fmt: skip
         grid = tiles_r * tiles_c * shape[0] * shape[1]
-        DBIAS((base_key, constants, tile), aligned, grid, index, p.stream, arguments, constants, *tile[2:])
+        DBIAS((base_key, constants, tile), aligned, grid, index, p.stream, arguments, constants, tile.warps, tile.stages)
 
     if t.dsink is not None:
         sink = (t.sink.stride(0), t.dsink.stride(0))
         arguments = (t.sink, t.dsink, lse2, delta, p.batch_q, p.nheads, p.rows_q, *sink)
         DSINK((t.sink.dtype,), False, p.nheads, index, p.stream, arguments, (1024,), 4, 1)
 
-
-def row_statistics(p, t, lse2, delta, unit, index) -> None:
-    packed = t.cu_seqlens_q is not None
-    *o, o_c = strides(t.out, packed)
-    *do, do_c = strides(t.dout, packed)
-    bits = o[0] | o[1] | o[2] | do[0] | do[1] | do[2] | p.headdim_v
-    aligned = unit > 1 and o_c == do_c == 1 and not bits % unit and not (t.out.data_ptr() | t.dout.data_ptr()) & 15
-    unit = unit if aligned else 1
-    o, do = [x // unit for x in o], [x // unit for x in do]
-    o_c, do_c = (None if c == 1 else c for c in (o_c, do_c))
-    lse_b, lse_h, lse_r = (0, *t.lse.stride()) if packed else t.lse.stride()
-    dlse_b, dlse_h, dlse_r = 0, 0, None
-    if t.dlse is not None:
-        dlse_b, dlse_h, dlse_r = (0, *t.dlse.stride()) if packed else t.dlse.stride()
-    columns = power_of_two(p.headdim_v)
-    rows = max(4, min(64, 8192 // columns))
-    tiles = -(-p.rows_q // rows)
-    grid = p.batch_q * p.nheads * tiles
-    constants = (rows, columns, unit)
-    key = (p.dtype, aligned, constants, t.dlse is None, o_c is None, do_c is None, widths((o_c, do_c, lse_r, dlse_r)))
-    arguments = (
-        t.out, t.dout, t.lse, t.dlse, lse2, delta, *o, *do, lse_b, lse_h, dlse_b, dlse_h, o_c, do_c, lse_r, dlse_r,
-        tiles, p.nheads, p.rows_q, p.headdim_v // unit,
-    )  # fmt: skip
-    if grid:
-        DELTA(key, aligned, grid, index, p.stream, arguments, constants, 4, 1)

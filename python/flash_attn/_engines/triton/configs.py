@@ -20,6 +20,7 @@ class Tile(NamedTuple):
     keys: int
     warps: int
     stages: int
+    single: int = 0  # 1: no loop of its own for tiles without a mask
 
 
 @functools.cache
@@ -33,7 +34,7 @@ def _table(arch: str, version: str) -> tuple[dict, str]:
     file = exact[0] if exact else files[-1]
     table = {}
     for entry in json.loads(file.read_text())["tiles"]:
-        tile = Tile(entry["rows"], entry["keys"], entry["warps"], entry["stages"])
+        tile = Tile(entry["rows"], entry["keys"], entry["warps"], entry["stages"], entry.get("single", 0))
         for masked in (entry["masked"],) if "masked" in entry else (False, True):
             table[entry["pass"], entry["columns"], masked] = tile
     return table, file.stem

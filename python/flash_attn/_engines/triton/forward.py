@@ -206,8 +206,8 @@ def run_forward(p, t, device, index, version) -> None:
     numbers = (*alibi, *bias, sink_h, *rotary[:4], q_c, k_c, v_c, o_c, lse_r)
     constants = (
         tile.rows, tile.keys, plan.columns, plan.columns_v, even, unit, wide, mask, paged, plan.pack, split,
-        p.rotary_interleaved if p.rotary_dim else False, sign, int(mask > 0), precision(p),
-        tile.stages,
+        p.rotary_interleaved if p.rotary_dim else False, sign, precision(p),
+        tile.single,
     )  # fmt: skip
     key = (
         p.dtype, aligned, constants, presence(optional), lse is None, used is None, new[0] is None, p.softcap != 0,

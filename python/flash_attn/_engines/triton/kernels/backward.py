@@ -1,20 +1,22 @@
 """dq, and dk with dv, by two kernels: seven products in all, no atomics, the same bits at every run.
 
 Counted per tile of 64 x 64 at headdim 128: a fused kernel would do five products instead of seven, and add 32 KB of
-dq in fp32 to memory for each tile; that is 6 bytes per kFLOP more than tensor cores can wait for.
+dq in fp32 to memory for each tile, 6 bytes per kFLOP: more than memory has for tensor cores.
+dq_kernel runs first: it owns ROWS rows and passes over keys, as the forward does; it has dout at hand, and computes delta.
 dkdv_kernel owns KEYS keys of one key head and passes over the rows that see them, of all query heads of the group. Its
 scores are transposed, (keys, rows), so that P and dS come out of one product in the shape that the next one takes from
-registers. dq_kernel owns ROWS rows and passes over keys, as the forward does.
+registers. Where dk and dv together would take all registers (headdim 256: 2 x 64 KB of 256 KB, for 64 keys), dk and dv
+are computed one after the other (WHICH), with one product more and twice the keys.
 """
 
 import triton
 import triton.language as tl
 
-from .dropout import seed_of
-from .forward import any_nan, weigh
-from .gradients import score_gradients
+from .dropout import kept, kept_one, seed_of
+from .forward import any_nan
+from .gradients import row_statistics, score_gradients
 from .mask import key_tiles, row_tiles, tile_at, tile_count
-from .sequences import clear_rows, is_outside, key_rows, load_tile, query_rows, tile_and_head
+from .sequences import clear_rows, is_outside, key_rows, load_tile, query_rows, tile_and_head, tile_offsets
 
 
 @triton.jit
@@ -30,6 +32,19 @@ def store_tile(x, row, known, stride_row, stride_col, size, value, COLS: tl.cons
 
 
 @triton.jit
+def load_rows(x, first, i, known, stride_row, stride_col, size, COLS: tl.constexpr, EVEN: tl.constexpr,
+              UNIT: tl.constexpr):  # fmt: skip
+    """Rows first + i (ROWS) of one head, (ROWS, COLS); x: its first row's address."""
+    cols = tl.arange(0, COLS)
+    where = x + first.to(tl.int64) * stride_row * UNIT
+    where = where + tile_offsets(i, cols, stride_row, stride_col, UNIT, True)
+    if EVEN:
+        return tl.load(where, mask=known[:, None], other=0.0)
+    else:
+        return tl.load(where, mask=known[:, None] & (cols < size)[None, :], other=0.0)
+
+
+@triton.jit
 def dkdv_kernel(
     q, k, v, dout, dk, dv, lse2, delta,
     cu_q, cu_k, used_q, used_k, leftpad, alibi, bias, state,
@@ -40,10 +55,13 @@ def dkdv_kernel(
     alibi_b, alibi_h, bias_b, bias_h, bias_r, bias_c, bias_rows, bias_keys, threshold, seed: "i64", offset: "i64",
     factor: "fp32", scale: "fp32", softcap, drop_scale,
     ROWS: tl.constexpr, KEYS: tl.constexpr, COLS: tl.constexpr, COLS_V: tl.constexpr, EVEN: tl.constexpr,
-    UNIT: tl.constexpr, WIDE: tl.constexpr, MASK: tl.constexpr, GUARD: tl.constexpr, PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
+    UNIT: tl.constexpr, WIDE: tl.constexpr, MASK: tl.constexpr, SINGLE: tl.constexpr, PRECISION: tl.constexpr,
+    WHICH: tl.constexpr,
 ):  # fmt: skip
-    """heads = batch * nheads_k; factor, scale of q.k: of raw scores in base 2, and the softmax scale."""
+    """heads = batch * nheads_k; factor, scale of q.k: of raw scores in base 2, and the softmax scale.
+
+    WHICH: 0 dk and dv, 1 dk alone, 2 dv alone.
+    """
     headdim *= UNIT
     headdim_v *= UNIT
     nheads_k = nheads // group
@@ -53,8 +71,10 @@ def dkdv_kernel(
             row = (pid - programs) * KEYS + tl.arange(0, KEYS)
             outside = is_outside(cu_k, heads // nheads_k, row, rows_k)
             if tl.max(outside.to(tl.int32), 0) > 0:
-                clear_rows(dk, row, outside, nheads_k, dk_r * UNIT, dk_h * UNIT, dk_c, headdim, KEYS, COLS)
-                clear_rows(dv, row, outside, nheads_k, dv_r * UNIT, dv_h * UNIT, dv_c, headdim_v, KEYS, COLS_V)
+                if WHICH != 2:
+                    clear_rows(dk, row, outside, nheads_k, dk_r * UNIT, dk_h * UNIT, dk_c, headdim, KEYS, COLS)
+                if WHICH != 1:
+                    clear_rows(dv, row, outside, nheads_k, dv_r * UNIT, dv_h * UNIT, dv_c, headdim_v, KEYS, COLS_V)
             return
     tile, head = tile_and_head(pid, tiles, block, heads, False)
     b = head // nheads_k
@@ -69,80 +89,130 @@ def dkdv_kernel(
 
     k_at = k + (k_batch.to(tl.int64) * k_b + head_k.to(tl.int64) * k_h) * UNIT
     v_at = v + (k_batch.to(tl.int64) * v_b + head_k.to(tl.int64) * v_h) * UNIT
-    keys = load_tile(k_at, n, k_first, count, None, None, None, k_b, k_r, k_c, headdim,
-                     KEYS, COLS, EVEN, True, 0, UNIT, WIDE)  # fmt: skip
-    values = load_tile(v_at, n, k_first, count, None, None, None, v_b, v_r, v_c, headdim_v,
-                       KEYS, COLS_V, EVEN, True, 0, UNIT, WIDE)  # fmt: skip
+    j = n + tl.arange(0, KEYS)
+    known = j < count
+    keys = load_rows(k_at, k_first, j, known, k_r, k_c, headdim, COLS, EVEN, UNIT)
+    if WHICH != 2:
+        values = load_rows(v_at, k_first, j, known, v_r, v_c, headdim_v, COLS_V, EVEN, UNIT)
     start, full, stop, end = row_tiles(
         n, tl.minimum(n + KEYS, count) - 1, seqlen_q, count, left, right, chunk, MASK, ROWS
     )
-    j = n + tl.arange(0, KEYS)
+    if SINGLE:
+        full = start
+        stop = start
     k0, k1, last = 0, 0, 0
     if threshold is not None:
         k0, k1, last = seed_of(state, seed, offset)
 
-    acc_k = tl.zeros((KEYS, COLS), tl.float32)
-    acc_v = tl.zeros((KEYS, COLS_V), tl.float32)
-    heads_q = group
-    for PASS in tl.static_range(1 + GUARD):  # the second: see forward_kernel
-        if PASS == 1:
-            again = any_nan(acc_k) | any_nan(acc_v)
+    if WHICH != 2:
+        acc_k = tl.zeros((KEYS, COLS), tl.float32)
+    if WHICH != 1:
+        acc_v = tl.zeros((KEYS, COLS_V), tl.float32)
+    for g in range(group):
+        h = head_k * group + g
+        q_at = q + (q_batch.to(tl.int64) * q_b + h.to(tl.int64) * q_h) * UNIT
+        do_at = dout + (q_batch.to(tl.int64) * do_b + h.to(tl.int64) * do_h) * UNIT
+        stats = (q_batch.to(tl.int64) * nheads + h) * rows_q + q_first
+        for EDGE in tl.static_range(SINGLE, 2):
+            for index in tl.range(0, tile_count(start, full, stop, end, ROWS, EDGE)):
+                m = tile_at(index, start, full, stop, ROWS, EDGE)
+                i = m + tl.arange(0, ROWS)
+                queries = load_tile(q_at, m, q_first, seqlen_q, None, None, None, q_b, q_r, q_c, headdim,
+                                    ROWS, COLS, EVEN, EDGE, 0, UNIT, WIDE)  # fmt: skip
+                if EDGE:
+                    l2 = tl.load(lse2 + stats + i, mask=i < seqlen_q, other=float("inf"))
+                    d = tl.load(delta + stats + i, mask=i < seqlen_q, other=0.0)
+                else:
+                    l2 = tl.load(lse2 + stats + i)
+                    d = tl.load(delta + stats + i)
+                s = tl.dot(keys, tl.trans(queries), input_precision=PRECISION)
+                grads = load_tile(do_at, m, q_first, seqlen_q, None, None, None, do_b, do_r, do_c, headdim_v,
+                                  ROWS, COLS_V, EVEN, EDGE, 0, UNIT, WIDE)  # fmt: skip
+                dp = s
+                if WHICH != 2:
+                    dp = tl.dot(values, tl.trans(grads), input_precision=PRECISION)
+                position = i + count - seqlen_q
+                stays = None
+                if threshold is not None:
+                    plane = tl.zeros((ROWS,), tl.int32) + (b * nheads + h)
+                    stays = tl.trans(kept(i, n, plane, k0, k1, last, threshold, ROWS, KEYS).to(tl.int8)) != 0
+                p, du, ds, visible = score_gradients(
+                    s, dp, l2[None, :], d[None, :], i[None, :], j[:, None], position[None, :], h, b, seqlen_q, count,
+                    factor, scale, softcap, left, right, chunk, alibi, alibi_b, alibi_h,
+                    bias, bias_b, bias_h, bias_r, bias_c, bias_rows, bias_keys, stays, drop_scale,
+                    MASK, EDGE and MASK > 0, PRECISION == "ieee",
+                )  # fmt: skip
+                if WHICH != 1:
+                    acc_v = tl.dot(p.to(grads.dtype), grads, acc_v, input_precision=PRECISION)
+                if WHICH != 2:
+                    acc_k = tl.dot(du.to(queries.dtype), queries, acc_k, input_precision=PRECISION)
+
+    if MASK > 0:  # a NaN in acc: once more, row by row, as in forward_kernel
+        again = tile < 0
+        if WHICH != 2:
+            again = again | any_nan(acc_k)
+        if WHICH != 1:
+            again = again | any_nan(acc_v)
+        if WHICH != 2:
             acc_k = tl.where(again, 0.0, acc_k)
+        if WHICH != 1:
             acc_v = tl.where(again, 0.0, acc_v)
-            heads_q = tl.where(again, group, 0)
-            full = start
-            stop = start
-        for g in range(0, heads_q):
-            h = head_k * group + g
+        careful = tl.where(again, tl.minimum(end, seqlen_q) - start, 0)
+        for x in range(group * careful):  # row start + x % careful of head x // careful of the group
+            h = head_k * group + x // careful
+            m = start + x % careful
             q_at = q + (q_batch.to(tl.int64) * q_b + h.to(tl.int64) * q_h) * UNIT
             do_at = dout + (q_batch.to(tl.int64) * do_b + h.to(tl.int64) * do_h) * UNIT
             stats = (q_batch.to(tl.int64) * nheads + h) * rows_q + q_first
-            for EDGE in tl.static_range(PASS, 2):
-                for index in tl.range(0, tile_count(start, full, stop, end, ROWS, EDGE), num_stages=1 if PASS == 1 else STAGES):
-                    m = tile_at(index, start, full, stop, ROWS, EDGE)
-                    i = m + tl.arange(0, ROWS)
-                    queries = load_tile(q_at, m, q_first, seqlen_q, None, None, None, q_b, q_r, q_c, headdim,
-                                        ROWS, COLS, EVEN, EDGE, 0, UNIT, WIDE)  # fmt: skip
-                    if EDGE:
-                        l2 = tl.load(lse2 + stats + i, mask=i < seqlen_q, other=float("inf"))
-                        d = tl.load(delta + stats + i, mask=i < seqlen_q, other=0.0)
-                    else:
-                        l2 = tl.load(lse2 + stats + i)
-                        d = tl.load(delta + stats + i)
-                    s = tl.dot(keys, tl.trans(queries), input_precision=PRECISION)
-                    grads = load_tile(do_at, m, q_first, seqlen_q, None, None, None, do_b, do_r, do_c, headdim_v,
-                                      ROWS, COLS_V, EVEN, EDGE, 0, UNIT, WIDE)  # fmt: skip
-                    dp = tl.dot(values, tl.trans(grads), input_precision=PRECISION)
-                    position = i + count - seqlen_q
-                    p, du, ds, visible = score_gradients(
-                        s, dp, l2[None, :], d[None, :], i[None, :], j[:, None], n, m,
-                        position[None, :], h, b, nheads, seqlen_q, count, factor, scale, softcap, left, right, chunk,
-                        alibi, alibi_b, alibi_h,
-                        bias, bias_b, bias_h, bias_r, bias_c, bias_rows, bias_keys, k0, k1, last, threshold, drop_scale,
-                        MASK, EDGE and MASK > 0, True, ROWS, KEYS, PRECISION == "ieee",
-                    )  # fmt: skip
-                    acc_v = weigh(p, grads, visible, acc_v, PASS == 1, PRECISION)
-                    acc_k = weigh(du, queries, visible, acc_k, PASS == 1, PRECISION)
-    to_k = dk + (k_batch.to(tl.int64) * dk_b + head_k.to(tl.int64) * dk_h) * UNIT
-    to_v = dv + (k_batch.to(tl.int64) * dv_b + head_k.to(tl.int64) * dv_h) * UNIT
-    store_tile(to_k, k_first + j, j < count, dk_r, dk_c, headdim, acc_k * scale, COLS, UNIT)
-    store_tile(to_v, k_first + j, j < count, dv_r, dv_c, headdim_v, acc_v, COLS_V, UNIT)
+            queries = load_tile(q_at, m, q_first, seqlen_q, None, None, None, q_b, q_r, q_c, headdim,
+                                1, COLS, EVEN, True, 0, UNIT, WIDE)  # fmt: skip
+            grads = load_tile(do_at, m, q_first, seqlen_q, None, None, None, do_b, do_r, do_c, headdim_v,
+                              1, COLS_V, EVEN, True, 0, UNIT, WIDE)  # fmt: skip
+            keys = load_rows(k_at, k_first, j, known & again, k_r, k_c, headdim, COLS, EVEN, UNIT)
+            s = tl.sum(keys.to(tl.float32) * queries.to(tl.float32), 1)[:, None]
+            dp = s
+            if WHICH != 2:
+                values = load_rows(v_at, k_first, j, known & again, v_r, v_c, headdim_v, COLS_V, EVEN, UNIT)
+                dp = tl.sum(values.to(tl.float32) * grads.to(tl.float32), 1)[:, None]
+            i = m + tl.zeros((1, 1), tl.int32)
+            stays = None
+            if threshold is not None:
+                rows_here = m + tl.zeros((1,), tl.int32)
+                plane = rows_here * 0 + (b * nheads + h)
+                stays = tl.trans(kept(rows_here, n, plane, k0, k1, last, threshold, 1, KEYS).to(tl.int8)) != 0
+            p, du, ds, visible = score_gradients(
+                s, dp, tl.load(lse2 + stats + m), tl.load(delta + stats + m), i, j[:, None], i + count - seqlen_q,
+                h, b, seqlen_q, count, factor, scale, softcap, left, right, chunk, alibi, alibi_b, alibi_h,
+                bias, bias_b, bias_h, bias_r, bias_c, bias_rows, bias_keys, stays, drop_scale,
+                MASK, True, PRECISION == "ieee",
+            )  # fmt: skip
+            if WHICH != 1:
+                acc_v += tl.where(visible, p * grads.to(tl.float32), 0.0)
+            if WHICH != 2:
+                acc_k += tl.where(visible, du * queries.to(tl.float32), 0.0)
+
+    if WHICH != 2:
+        to_k = dk + (k_batch.to(tl.int64) * dk_b + head_k.to(tl.int64) * dk_h) * UNIT
+        store_tile(to_k, k_first + j, known, dk_r, dk_c, headdim, acc_k * scale, COLS, UNIT)
+    if WHICH != 1:
+        to_v = dv + (k_batch.to(tl.int64) * dv_b + head_k.to(tl.int64) * dv_h) * UNIT
+        store_tile(to_v, k_first + j, known, dv_r, dv_c, headdim_v, acc_v, COLS_V, UNIT)
 
 
 @triton.jit
 def dq_kernel(
-    q, k, v, dout, dq, lse2, delta,
+    q, k, v, out, dout, dq, lse2, delta, lse, dlse,
     cu_q, cu_k, used_q, used_k, leftpad, alibi, bias, state,
     q_b: "i64", q_r: "i64", q_h: "i64", k_b: "i64", k_r: "i64", k_h: "i64", v_b: "i64", v_r: "i64", v_h: "i64",
-    do_b: "i64", do_r: "i64", do_h: "i64", dq_b: "i64", dq_r: "i64", dq_h: "i64", q_c, k_c, v_c, do_c, dq_c,
+    o_b: "i64", o_r: "i64", o_h: "i64", do_b: "i64", do_r: "i64", do_h: "i64", dq_b: "i64", dq_r: "i64", dq_h: "i64",
+    lse_b: "i64", lse_h: "i64", dlse_b: "i64", dlse_h: "i64", q_c, k_c, v_c, o_c, do_c, dq_c, lse_r, dlse_r,
     heads, nheads, group, tiles, block, rows_q, rows_k, seqlen_k, headdim, headdim_v, used, left, right, chunk, programs,
     alibi_b, alibi_h, bias_b, bias_h, bias_r, bias_c, bias_rows, bias_keys, threshold, seed: "i64", offset: "i64",
     factor: "fp32", scale: "fp32", softcap, drop_scale,
     ROWS: tl.constexpr, KEYS: tl.constexpr, COLS: tl.constexpr, COLS_V: tl.constexpr, EVEN: tl.constexpr,
-    UNIT: tl.constexpr, WIDE: tl.constexpr, MASK: tl.constexpr, GUARD: tl.constexpr, PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
+    UNIT: tl.constexpr, WIDE: tl.constexpr, MASK: tl.constexpr, SINGLE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """heads = batch * nheads; the rest as in dkdv_kernel."""
+    """heads = batch * nheads; lse2, delta: fp32 (batch_q, nheads, rows_q), written here; the rest as in dkdv_kernel."""
     headdim *= UNIT
     headdim_v *= UNIT
     pid = tl.program_id(0)
@@ -152,6 +222,9 @@ def dq_kernel(
             outside = is_outside(cu_q, heads // nheads, row, rows_q)
             if tl.max(outside.to(tl.int32), 0) > 0:
                 clear_rows(dq, row, outside, nheads, dq_r * UNIT, dq_h * UNIT, dq_c, headdim, ROWS, COLS)
+                for h in range(nheads):
+                    at = lse2 + (rows_q * (q_b * 0 + h)) + row
+                    tl.store(at, tl.full((ROWS,), float("inf"), tl.float32), mask=outside)
             return
     tile, head = tile_and_head(pid, tiles, block, heads, True)
     b = head // nheads
@@ -165,16 +238,26 @@ def dq_kernel(
         b, cu_k, used_k, leftpad, None, None, rows_k, 1, seqlen_k, used, None, None, None, False
     )
     i = m + tl.arange(0, ROWS)
+    known = i < rows
     position = i + count - seqlen_q
     q_at = q + (q_batch.to(tl.int64) * q_b + h.to(tl.int64) * q_h) * UNIT
+    o_at = out + (q_batch.to(tl.int64) * o_b + h.to(tl.int64) * o_h) * UNIT
     do_at = dout + (q_batch.to(tl.int64) * do_b + h.to(tl.int64) * do_h) * UNIT
-    queries = load_tile(q_at, m, q_first, seqlen_q, None, None, None, q_b, q_r, q_c, headdim,
-                        ROWS, COLS, EVEN, True, 0, UNIT, WIDE)  # fmt: skip
-    grads = load_tile(do_at, m, q_first, seqlen_q, None, None, None, do_b, do_r, do_c, headdim_v,
-                      ROWS, COLS_V, EVEN, True, 0, UNIT, WIDE)  # fmt: skip
+    queries = load_rows(q_at, q_first, i, i < seqlen_q, q_r, q_c, headdim, COLS, EVEN, UNIT)
+    grads = load_rows(do_at, q_first, i, i < seqlen_q, do_r, do_c, headdim_v, COLS_V, EVEN, UNIT)
+    outs = load_rows(o_at, q_first, i, i < seqlen_q, o_r, o_c, headdim_v, COLS_V, EVEN, UNIT)
+    row = (q_first + i).to(tl.int64)
+    natural = tl.load(lse + q_batch.to(tl.int64) * lse_b + h.to(tl.int64) * lse_h + row * lse_r,
+                      mask=i < seqlen_q, other=float("inf"))  # fmt: skip
+    of_lse = tl.zeros((ROWS,), tl.float32)
+    if dlse is not None:
+        of_lse = tl.load(dlse + q_batch.to(tl.int64) * dlse_b + h.to(tl.int64) * dlse_h + row * dlse_r,
+                         mask=i < seqlen_q, other=0.0)  # fmt: skip
+    l2, d = row_statistics(outs, grads, natural, of_lse)
     stats = (q_batch.to(tl.int64) * nheads + h) * rows_q + q_first
-    l2 = tl.load(lse2 + stats + i, mask=i < seqlen_q, other=float("inf"))
-    d = tl.load(delta + stats + i, mask=i < seqlen_q, other=0.0)
+    tl.store(lse2 + stats + i, l2, mask=known)
+    tl.store(delta + stats + i, d, mask=known)
+
     k_at = k + (k_batch.to(tl.int64) * k_b + head_k.to(tl.int64) * k_h) * UNIT
     v_at = v + (k_batch.to(tl.int64) * v_b + head_k.to(tl.int64) * v_h) * UNIT
     start, full, stop, end = key_tiles(
@@ -184,35 +267,58 @@ def dq_kernel(
         end = start
         full = start
         stop = start
+    if SINGLE:
+        full = start
+        stop = start
+    plane = tl.zeros((ROWS,), tl.int32) + (b * nheads + h)
     k0, k1, last = 0, 0, 0
     if threshold is not None:
         k0, k1, last = seed_of(state, seed, offset)
 
     acc = tl.zeros((ROWS, COLS), tl.float32)
-    for PASS in tl.static_range(1 + GUARD):
-        if PASS == 1:
-            again = any_nan(acc)
-            acc = tl.where(again, 0.0, acc)
-            end = tl.where(again, end, start)
-            full = start
-            stop = start
-        for EDGE in tl.static_range(PASS, 2):
-            for index in tl.range(0, tile_count(start, full, stop, end, KEYS, EDGE), num_stages=1 if PASS == 1 else STAGES):
-                n = tile_at(index, start, full, stop, KEYS, EDGE)
-                keys = load_tile(k_at, n, k_first, count, None, None, None, k_b, k_r, k_c, headdim,
-                                 KEYS, COLS, EVEN, EDGE, 0, UNIT, WIDE)  # fmt: skip
-                values = load_tile(v_at, n, k_first, count, None, None, None, v_b, v_r, v_c, headdim_v,
-                                   KEYS, COLS_V, EVEN, EDGE, 0, UNIT, WIDE)  # fmt: skip
-                s = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
-                dp = tl.dot(grads, tl.trans(values), input_precision=PRECISION)
-                j = n + tl.arange(0, KEYS)
-                p, du, ds, visible = score_gradients(
-                    s, dp, l2[:, None], d[:, None], i[:, None], j[None, :], n, m,
-                    position[:, None], h, b, nheads, seqlen_q, count, factor, scale, softcap, left, right, chunk,
-                        alibi, alibi_b, alibi_h,
-                    bias, bias_b, bias_h, bias_r, bias_c, bias_rows, bias_keys, k0, k1, last, threshold, drop_scale,
-                    MASK, EDGE, False, ROWS, KEYS, PRECISION == "ieee",
-                )  # fmt: skip
-                acc = weigh(du, keys, visible, acc, PASS == 1, PRECISION)
+    for EDGE in tl.static_range(SINGLE, 2):
+        for index in tl.range(0, tile_count(start, full, stop, end, KEYS, EDGE)):
+            n = tile_at(index, start, full, stop, KEYS, EDGE)
+            keys = load_tile(k_at, n, k_first, count, None, None, None, k_b, k_r, k_c, headdim,
+                             KEYS, COLS, EVEN, EDGE, 0, UNIT, WIDE)  # fmt: skip
+            values = load_tile(v_at, n, k_first, count, None, None, None, v_b, v_r, v_c, headdim_v,
+                               KEYS, COLS_V, EVEN, EDGE, 0, UNIT, WIDE)  # fmt: skip
+            s = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
+            dp = tl.dot(grads, tl.trans(values), input_precision=PRECISION)
+            j = n + tl.arange(0, KEYS)
+            stays = None
+            if threshold is not None:
+                stays = kept(i, n, plane, k0, k1, last, threshold, ROWS, KEYS)
+            p, du, ds, visible = score_gradients(
+                s, dp, l2[:, None], d[:, None], i[:, None], j[None, :], position[:, None], h, b, seqlen_q, count,
+                factor, scale, softcap, left, right, chunk, alibi, alibi_b, alibi_h,
+                bias, bias_b, bias_h, bias_r, bias_c, bias_rows, bias_keys, stays, drop_scale,
+                MASK, EDGE, PRECISION == "ieee",
+            )  # fmt: skip
+            acc = tl.dot(du.to(keys.dtype), keys, acc, input_precision=PRECISION)
+
+    if MASK > 0:  # a NaN in acc: once more, key by key, as in forward_kernel
+        again = any_nan(acc)
+        acc = tl.where(again, 0.0, acc)
+        for n in range(start, tl.where(again, tl.minimum(end, count), start)):
+            queries = load_rows(q_at, q_first, i, (i < seqlen_q) & again, q_r, q_c, headdim, COLS, EVEN, UNIT)
+            grads = load_rows(do_at, q_first, i, (i < seqlen_q) & again, do_r, do_c, headdim_v, COLS_V, EVEN, UNIT)
+            keys = load_tile(k_at, n, k_first, count, None, None, None, k_b, k_r, k_c, headdim,
+                             1, COLS, EVEN, True, 0, UNIT, WIDE)  # fmt: skip
+            values = load_tile(v_at, n, k_first, count, None, None, None, v_b, v_r, v_c, headdim_v,
+                               1, COLS_V, EVEN, True, 0, UNIT, WIDE)  # fmt: skip
+            s = tl.sum(queries.to(tl.float32) * keys.to(tl.float32), 1)[:, None]
+            dp = tl.sum(grads.to(tl.float32) * values.to(tl.float32), 1)[:, None]
+            j = n + tl.zeros((1, 1), tl.int32)
+            stays = None
+            if threshold is not None:
+                stays = kept_one(i, n, plane, k0, k1, last, threshold, ROWS)
+            p, du, ds, visible = score_gradients(
+                s, dp, l2[:, None], d[:, None], i[:, None], j, position[:, None], h, b, seqlen_q, count,
+                factor, scale, softcap, left, right, chunk, alibi, alibi_b, alibi_h,
+                bias, bias_b, bias_h, bias_r, bias_c, bias_rows, bias_keys, stays, drop_scale,
+                MASK, True, PRECISION == "ieee",
+            )  # fmt: skip
+            acc += tl.where(visible, du * keys.to(tl.float32), 0.0)
     to = dq + (q_batch.to(tl.int64) * dq_b + h.to(tl.int64) * dq_h) * UNIT
-    store_tile(to, q_first + i, i < rows, dq_r, dq_c, headdim, acc * scale, COLS, UNIT)
+    store_tile(to, q_first + i, known, dq_r, dq_c, headdim, acc * scale, COLS, UNIT)

@@ -49,3 +49,11 @@ def kept(i, n, plane, k0, k1, last, threshold, ROWS: tl.constexpr, KEYS: tl.cons
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # [.., x, y]: word 2 x + y
     bits = tl.join(words & 0xFFFF, words >> 16)
     return tl.reshape(bits, (ROWS, KEYS)) >= threshold.to(tl.uint32)
+
+
+@triton.jit
+def kept_one(i, n, plane, k0, k1, last, threshold, ROWS: tl.constexpr):
+    """(ROWS, 1) bool: the same for the one key n."""
+    eight = kept(i, n // 8 * 8, plane, k0, k1, last, threshold, ROWS, 8)
+    mine = tl.arange(0, 8)[None, :] == n % 8
+    return tl.max((eight & mine).to(tl.int32), 1)[:, None] > 0

@@ -7,7 +7,7 @@ sequence, head and row that the tile serves, and writes once: one mechanism for 
 import triton
 import triton.language as tl
 
-from .dropout import seed_of
+from .dropout import kept, seed_of
 from .gradients import score_gradients
 from .sequences import key_rows, load_tile, query_rows
 
@@ -74,11 +74,15 @@ def dbias_kernel(
                     d = tl.load(delta + stats + i, mask=i < seqlen_q, other=0.0)
                     s = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
                     dp = tl.dot(grads, tl.trans(values), input_precision=PRECISION)
+                    stays = None
+                    if threshold is not None:
+                        plane = i * 0 + (b * nheads + h)
+                        stays = kept(i, n, plane, k0, k1, last, threshold, ROWS, KEYS)
                     p, du, ds, visible = score_gradients(
-                        s, dp, l2[:, None], d[:, None], i[:, None], j[None, :], n, m,
-                        position[:, None], h, b, nheads, seqlen_q, count, factor, scale, softcap, left, right, chunk,
-                        alibi, alibi_b, alibi_h, bias, bias_b, bias_h, bias_r, bias_c, bias_rows, bias_keys, k0, k1, last, threshold,
-                        drop_scale, MASK, True, False, ROWS, KEYS, PRECISION == "ieee",
+                        s, dp, l2[:, None], d[:, None], i[:, None], j[None, :], position[:, None], h, b, seqlen_q, count,
+                        factor, scale, softcap, left, right, chunk, alibi, alibi_b, alibi_h,
+                        bias, bias_b, bias_h, bias_r, bias_c, bias_rows, bias_keys, stays, drop_scale,
+                        MASK, True, PRECISION == "ieee",
                     )  # fmt: skip
                     acc += ds
     to = dbias + bias_batch.to(tl.int64) * db_b + bias_head.to(tl.int64) * db_h + j.to(tl.int64)[None, :] * db_c

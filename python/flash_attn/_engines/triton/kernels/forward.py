@@ -11,7 +11,7 @@ products on an H100), and as few other operations per score as can be: one max, 
 import triton
 import triton.language as tl
 
-from .dropout import kept, seed_of
+from .dropout import kept, kept_one, seed_of
 from .mask import is_visible, key_tiles, tile_at, tile_count
 from .rotary import first_position, rotate
 from .scores import LOG2E, natural_scores
@@ -19,23 +19,34 @@ from .sequences import clamp, clear_rows, is_outside, key_rows, load_tile, query
 
 
 @triton.jit
-def weigh(p, v, visible, acc, CAREFUL: tl.constexpr, PRECISION: tl.constexpr):
-    """acc + p v. CAREFUL: a value that is no finite number reaches only the rows that see it; p alone would not do, since
-    0 times NaN is NaN. visible: (rows, keys) of p."""
-    if CAREFUL:
-        strange = (v.to(tl.float32) - v.to(tl.float32)) != 0
-        seen = tl.dot(visible.to(v.dtype), strange.to(v.dtype), input_precision="ieee") > 0
-        reached = tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
-        finite = tl.where(strange, 0.0, v.to(tl.float32)).to(v.dtype)
-        acc = tl.dot(p.to(v.dtype), finite, acc, input_precision=PRECISION)
-        return tl.where(seen, acc + reached, acc)
-    else:
-        return tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
+def any_nan(x):
+    return tl.max(tl.max((x != x).to(tl.int32), 1), 0) > 0
 
 
 @triton.jit
-def any_nan(x):
-    return tl.max(tl.max((x != x).to(tl.int32), 1), 0) > 0
+def load_queries(
+    where, known, at, size, stride_col, cos, sin, cos_r, cos_c, sin_r, sin_c, rows_cos, pairs,
+    COLS: tl.constexpr, EVEN: tl.constexpr, INTERLEAVED: tl.constexpr, SIGN: tl.constexpr,
+):  # fmt: skip
+    """Rows at the addresses `where` (ROWS, 1) -> (ROWS, COLS), rotated if there is a table."""
+    cols = tl.arange(0, COLS)
+    if cos is not None:
+        queries = rotate(
+            where, known, cols, size, stride_col, at, cos, sin, cos_r, cos_c, sin_r, sin_c, rows_cos, pairs,
+            INTERLEAVED,
+        )  # fmt: skip
+    else:
+        if stride_col is None:
+            where += cols[None, :]
+        else:
+            where += cols.to(tl.int64)[None, :] * stride_col
+        if EVEN:
+            queries = tl.load(where, mask=known[:, None], other=0.0)
+        else:
+            queries = tl.load(where, mask=known[:, None] & (cols < size)[None, :], other=0.0)
+    if SIGN != 1:  # a scale that is not positive: its sign goes to q
+        queries = (queries.to(tl.float32) * SIGN).to(queries.dtype)
+    return queries
 
 
 @triton.jit
@@ -52,12 +63,13 @@ def forward_kernel(
     factor: "fp32", scale: "fp32", softcap, drop_scale, empty_lse: "fp32",
     ROWS: tl.constexpr, KEYS: tl.constexpr, COLS: tl.constexpr, COLS_V: tl.constexpr, EVEN: tl.constexpr,
     UNIT: tl.constexpr, WIDE: tl.constexpr, MASK: tl.constexpr, PAGED: tl.constexpr, PACK: tl.constexpr,
-    SPLIT: tl.constexpr, INTERLEAVED: tl.constexpr, SIGN: tl.constexpr, GUARD: tl.constexpr, PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
+    SPLIT: tl.constexpr, INTERLEAVED: tl.constexpr, SIGN: tl.constexpr, PRECISION: tl.constexpr,
+    SINGLE: tl.constexpr,
 ):  # fmt: skip
     """q (batch, row, head, col) and so on; lse (batch, head, row); headdim in units; heads = batch * heads of the grid.
 
     factor: of raw scores in base 2, > 0. scale: of raw scores in the natural base; with softcap, ALiBi or bias, of q.k.
+    SINGLE: one loop, which masks all tiles: less to compile, and quicker where sequences are short.
     programs: of the grid, but for those that fill rows of no sequence.
     """
     headdim *= UNIT
@@ -121,31 +133,20 @@ def forward_kernel(
     valid = i < seqlen_q
     position = i + count - seqlen_q
 
-    # q, (ROWS, COLS)
-    q_start = q_batch.to(tl.int64) * q_b + (q_first + i_first).to(tl.int64) * q_r
+    q_at = q + (q_batch.to(tl.int64) * q_b + (q_first + i_first).to(tl.int64) * q_r) * UNIT
     if PACK:
-        q_at = q + (q_start + head_k.to(tl.int64) * group * q_h) * UNIT
+        q_at += head_k.to(tl.int64) * group * q_h * UNIT
         along = ((i - i_first).to(tl.int64) * q_r + (r % group).to(tl.int64) * q_h) * UNIT
-        where = q_at + along[:, None]
     else:
-        q_at = q + (q_start + (head % nheads).to(tl.int64) * q_h) * UNIT
-        where = q_at + (rows_of.to(tl.int64) * q_r * UNIT)[:, None]
+        q_at += (head % nheads).to(tl.int64) * q_h * UNIT
+        along = rows_of.to(tl.int64) * q_r * UNIT
+    at = i
     if cos is not None:
         at = first_position(b, positions, used_k, used) + i * advance
-        queries = rotate(
-            where, valid, cols, headdim, q_c, at, cos, sin, cos_r, cos_c, sin_r, sin_c, rows_cos, pairs, INTERLEAVED
-        )
-    else:
-        if q_c is None:
-            where += cols[None, :]
-        else:
-            where += cols.to(tl.int64)[None, :] * q_c
-        if EVEN:
-            queries = tl.load(where, mask=valid[:, None], other=0.0)
-        else:
-            queries = tl.load(where, mask=valid[:, None] & (cols < headdim)[None, :], other=0.0)
-    if SIGN != 1:  # a scale that is not positive: its sign goes to q
-        queries = (queries.to(tl.float32) * SIGN).to(queries.dtype)
+    queries = load_queries(
+        q_at + along[:, None], valid, at, headdim, q_c, cos, sin, cos_r, cos_c, sin_r, sin_c, rows_cos, pairs,
+        COLS, EVEN, INTERLEAVED, SIGN,
+    )  # fmt: skip
 
     # keys
     k_at = k + (head_k.to(tl.int64) * k_h) * UNIT
@@ -169,60 +170,83 @@ def forward_kernel(
         end = tl.minimum(start + share, end)
         full = clamp(full, start, end)
         stop = clamp(stop, full, end)
+    if SINGLE:
+        full = start
+        stop = start
     plane = b * nheads + h
     if threshold is not None:
         k0, k1, last = seed_of(state, seed, offset)
 
     PLAIN: tl.constexpr = softcap is None and alibi is None and bias is None
-    power = tl.exp2(tl.floor(tl.log2(factor)))  # a power of two: products with it are exact
-    m = tl.full((ROWS,), float("-inf"), tl.float32)  # the largest raw score
+    # One multiply-add per score rounds factor * m, not factor * s: an error of half an ulp of the largest exponent, common
+    # to the row, which the sum divides out. Where exponents exceed 2^24 it would overflow: there the factor is a power of
+    # two, which is exact, and what is not the largest is 0 anyway.
+    power = tl.exp2(tl.floor(tl.log2(factor)))
+    limit = 16777216.0 / factor
+    # The largest raw score so far. The lowest float stands for "none yet": no score is below it, and it is finite, so that
+    # a row of -inf needs no case of its own. (With a factor above 1 it is lowered so that their product is finite.)
+    m = tl.zeros((ROWS,), tl.float32) - 3.4028234663852886e38 / tl.maximum(power, 1.0)
     l = tl.zeros((ROWS,), tl.float32)
     acc = tl.zeros((ROWS, COLS_V), tl.float32)
-    # GUARD: under a mask, a value that is no number may have met a probability of 0 in a row that does not see it. Then
-    # there is a NaN in acc, and all is done once more, carefully; else the second pass has no tiles.
-    for PASS in tl.static_range(1 + GUARD):
-        if PASS == 1:
-            again = any_nan(acc)
-            m = tl.where(again, float("-inf"), m)
-            l = tl.where(again, 0.0, l)
-            acc = tl.where(again, 0.0, acc)
-            end = tl.where(again, end, start)
-            full = start
-            stop = start
-        for EDGE in tl.static_range(PASS, 2):
-            tiles_here = tile_count(start, full, stop, end, KEYS, EDGE)
-            for index in tl.range(0, tiles_here, num_stages=1 if PASS == 1 else STAGES):
-                n = tile_at(index, start, full, stop, KEYS, EDGE)
-                keys = load_tile(k_at, n, k_first, count, table, page_size, batch_k, k_b, k_r, k_c, headdim,
-                                 KEYS, COLS, EVEN, EDGE, PAGED, UNIT, WIDE)  # fmt: skip
-                s = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
-                j = n + tl.arange(0, KEYS)[None, :]
-                if not PLAIN:
-                    s, t = natural_scores(
-                        s, i[:, None], j, position[:, None], h[:, None], b, seqlen_q, count, scale, softcap,
-                        alibi, alibi_b, alibi_h, bias, bias_b, bias_h, bias_r, bias_c, bias_rows, bias_keys,
-                        PRECISION == "ieee",
-                    )  # fmt: skip
-                visible = j < count
-                if EDGE:
-                    visible = is_visible(j, position[:, None], count, left, right, chunk, MASK)
-                    s = tl.where(visible, s, float("-inf"))
-                m_new = tl.maximum(m, tl.max(s, 1))
-                # One multiply-add per score rounds factor * m, not factor * s: an error of half an ulp of the largest
-                # exponent, common to the row, which the sum divides out. Where exponents exceed 2^24 it would
-                # overflow: there the factor is a power of two, which is exact, and what is not the largest is 0 anyway.
-                times = tl.where(tl.abs(m_new) * factor < 16777216.0, factor, power)
-                top = tl.where(m_new == float("-inf"), 0.0, m_new)
-                p = tl.exp2(tl.fma(s, times[:, None], -(top * times)[:, None]))
-                shrink = tl.exp2((m - top) * factor)
-                l = l * shrink + tl.sum(p, 1)
-                acc = acc * shrink[:, None]
-                if threshold is not None:
-                    p = tl.where(kept(i, n, plane, k0, k1, last, threshold, ROWS, KEYS), p, 0.0)
-                values = load_tile(v_at, n, k_first, count, table, page_size, batch_k, v_b, v_r, v_c, headdim_v,
-                                   KEYS, COLS_V, EVEN, EDGE, PAGED, UNIT, WIDE)  # fmt: skip
-                acc = weigh(p, values, visible, acc, PASS == 1, PRECISION)
-                m = m_new
+    for EDGE in tl.static_range(SINGLE, 2):
+        for index in tl.range(0, tile_count(start, full, stop, end, KEYS, EDGE)):
+            n = tile_at(index, start, full, stop, KEYS, EDGE)
+            keys = load_tile(k_at, n, k_first, count, table, page_size, batch_k, k_b, k_r, k_c, headdim,
+                             KEYS, COLS, EVEN, EDGE, PAGED, UNIT, WIDE)  # fmt: skip
+            s = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
+            j = n + tl.arange(0, KEYS)[None, :]
+            if not PLAIN:
+                s, t = natural_scores(
+                    s, i[:, None], j, position[:, None], h[:, None], b, seqlen_q, count, scale, softcap,
+                    alibi, alibi_b, alibi_h, bias, bias_b, bias_h, bias_r, bias_c, bias_rows, bias_keys,
+                    PRECISION == "ieee",
+                )  # fmt: skip
+            if EDGE:
+                visible = is_visible(j, position[:, None], count, left, right, chunk, MASK)
+                s = tl.where(visible, s, float("-inf"))
+            m_new = tl.maximum(m, tl.max(s, 1))
+            times = tl.where(tl.abs(m_new) < limit, factor, power)
+            p = tl.exp2(tl.fma(s, times[:, None], -(m_new * times)[:, None]))
+            shrink = tl.exp2((m - m_new) * factor)
+            l = l * shrink + tl.sum(p, 1)
+            acc = acc * shrink[:, None]
+            if threshold is not None:
+                p = tl.where(kept(i, n, plane, k0, k1, last, threshold, ROWS, KEYS), p, 0.0)
+            values = load_tile(v_at, n, k_first, count, table, page_size, batch_k, v_b, v_r, v_c, headdim_v,
+                               KEYS, COLS_V, EVEN, EDGE, PAGED, UNIT, WIDE)  # fmt: skip
+            acc = tl.dot(p.to(values.dtype), values, acc, input_precision=PRECISION)
+            m = m_new
+
+    if MASK > 0:
+        # A value that is no number has met a probability of 0 in the rows of its tile that do not see it: 0 times NaN is
+        # NaN. Then there is a NaN in acc, and all is done once more, key by key, slowly; m and l are right already.
+        # Without tensor cores, whose registers the compiler would take from the loop above.
+        again = any_nan(acc)
+        acc = tl.where(again, 0.0, acc)
+        times = tl.where(tl.abs(m) < limit, factor, power)
+        for n in range(start, tl.where(again, tl.minimum(end, count), start)):
+            known = valid & again
+            queries = load_queries(
+                q_at + along[:, None], known, at, headdim, q_c, cos, sin, cos_r, cos_c, sin_r, sin_c, rows_cos, pairs,
+                COLS, EVEN, INTERLEAVED, SIGN,
+            )  # fmt: skip
+            keys = load_tile(k_at, n, k_first, count, table, page_size, batch_k, k_b, k_r, k_c, headdim,
+                             1, COLS, EVEN, True, PAGED, UNIT, WIDE)  # fmt: skip
+            values = load_tile(v_at, n, k_first, count, table, page_size, batch_k, v_b, v_r, v_c, headdim_v,
+                               1, COLS_V, EVEN, True, PAGED, UNIT, WIDE)  # fmt: skip
+            s = tl.sum(queries.to(tl.float32) * keys.to(tl.float32), 1)[:, None]
+            j = n + tl.zeros((1, 1), tl.int32)
+            if not PLAIN:
+                s, t = natural_scores(
+                    s, i[:, None], j, position[:, None], h[:, None], b, seqlen_q, count, scale, softcap,
+                    alibi, alibi_b, alibi_h, bias, bias_b, bias_h, bias_r, bias_c, bias_rows, bias_keys,
+                    PRECISION == "ieee",
+                )  # fmt: skip
+            p = tl.exp2(tl.fma(s, times[:, None], -(m * times)[:, None]))
+            if threshold is not None:
+                p = tl.where(kept_one(i, n, plane, k0, k1, last, threshold, ROWS), p, 0.0)
+            visible = is_visible(j, position[:, None], count, left, right, chunk, MASK)
+            acc += tl.where(visible, p * values.to(tl.float32), 0.0)
 
     # natural logarithms from here on; a row has seen something if its sum is not 0 (NaN included)
     top = m * (scale if PLAIN else 1.0)
