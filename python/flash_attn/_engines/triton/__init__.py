@@ -15,6 +15,7 @@ from flash_attn._engines.triton import configs
 from flash_attn._engines.triton.backward import run_backward
 from flash_attn._engines.triton.device import device_of
 from flash_attn._engines.triton.forward import Plan, run_forward
+from flash_attn._engines.triton.launch import Again
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
@@ -24,11 +25,11 @@ class TritonEngine:
 
     def forward(self, p, t) -> None:
         with _on(t.q) as index:
-            run_forward(p, t, device_of(t.q.device.type, index), index, triton.__version__)
+            _run(run_forward, p, t, index)
 
     def backward(self, p, t) -> None:
         with _on(t.q) as index:
-            run_backward(p, t, device_of(t.q.device.type, index), index, triton.__version__)
+            _run(run_backward, p, t, index)
 
     def refuses(self, p) -> str:
         if p.dtype == "float64":
@@ -51,6 +52,15 @@ class TritonEngine:
             f"tiles of {tile.rows} rows x {tile.keys} keys, {tile.warps} warps, {tile.stages} stages{packed}{parts}; "
             f"{configs.source(device.arch, triton.__version__)}"
         )
+
+
+def _run(function, p, t, index: int) -> None:
+    device = device_of(t.q.device.type, index)
+    while True:
+        try:
+            return function(p, t, device, index, triton.__version__)
+        except Again:  # nothing is lost: what has been written is written again
+            continue
 
 
 class _on:

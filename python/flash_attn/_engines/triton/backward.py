@@ -90,8 +90,8 @@ def run_backward(p, t, device, index, version) -> None:
     )  # fmt: skip
     sizes = (p.rows_q, p.rows_k, p.seqlen_k, p.headdim // unit, p.headdim_v // unit, used, left, right, chunk)
 
-    def tile_of(which):
-        return configs.tile_for(which, device.arch, version, widest, mask > 0, itemsize, device.shared)
+    def choice_of(which):
+        return configs.Choice(which, device.arch, version, widest, mask > 0, itemsize, device.shared)
 
     def block_of(heads, rows, group):
         """Heads whose streamed tensors stay in the cache together: only under a mask, as in the forward."""
@@ -100,12 +100,13 @@ def run_backward(p, t, device, index, version) -> None:
         size = max(1, rows * (p.headdim + p.headdim_v) * itemsize)
         return max(1, min(heads, device.cache // 2 // size * group or 1))
 
-    tile = tile_of("dq")
+    choice = choice_of("dq")
+    tile = configs.tile_for(*choice)
     rows = p.max_seqlen_q if packed_q else p.rows_q
     heads, tiles = p.batch * p.nheads, -(-rows // tile.rows)
     programs = heads * tiles
     grid = programs + (-(-p.rows_q // tile.rows) if packed_q else 0)
-    constants = (tile.rows, tile.keys, columns, columns_v, even, unit, wide, mask, tile.single, exact)
+    constants = (tile.rows, tile.keys, columns, columns_v, even, unit, wide, mask, exact)
     if grid:
         arguments = (
             t.q, t.k, t.v, t.out, t.dout, t.dq, lse2, delta, t.lse, t.dlse, *optional,
@@ -115,15 +116,16 @@ def run_backward(p, t, device, index, version) -> None:
             programs if packed_q else None, *tail,
         )  # fmt: skip
         key = (base_key, constants, tile, t.dlse is None)
-        DQ(key, aligned, grid, index, p.stream, arguments, constants, tile.warps, tile.stages)
+        DQ(key, aligned, grid, index, p.stream, arguments, constants, tile.warps, tile.stages, choice)
 
     for which, name in ((1, "dk"), (2, "dv")) if widest >= 256 and itemsize == 2 else ((0, "dkdv"),):
-        tile = tile_of(name)
+        choice = choice_of(name)
+        tile = configs.tile_for(*choice)
         keys = p.max_seqlen_k if packed_k else p.rows_k
         heads, tiles = p.batch * p.nheads_k, -(-keys // tile.keys)
         programs = heads * tiles
         grid = programs + (-(-p.rows_k // tile.keys) if packed_k else 0)
-        constants = (tile.rows, tile.keys, columns, columns_v, even, unit, wide, mask, tile.single, exact, which)
+        constants = (tile.rows, tile.keys, columns, columns_v, even, unit, wide, mask, exact, which)
         if grid:
             arguments = (
                 t.q, t.k, t.v, t.dout, t.dk, t.dv, lse2, delta, *optional,
@@ -132,10 +134,11 @@ def run_backward(p, t, device, index, version) -> None:
                 programs if packed_k else None, *tail,
             )  # fmt: skip
             key = (base_key, constants, tile)
-            DKDV(key, aligned, grid, index, p.stream, arguments, constants, tile.warps, tile.stages)
+            DKDV(key, aligned, grid, index, p.stream, arguments, constants, tile.warps, tile.stages, choice)
 
     if t.dbias is not None and t.dbias.numel():
-        tile = tile_of("dbias")
+        choice = choice_of("dbias")
+        tile = configs.tile_for(*choice)
         shape = tuple(t.bias.shape)
         alike = shape[2] == 1
         tiles_r, tiles_c = (1 if alike else -(-shape[2] // tile.rows)), -(-shape[3] // tile.keys)
@@ -146,7 +149,7 @@ def run_backward(p, t, device, index, version) -> None:
             p.batch, p.nheads, p.group, tiles_r, tiles_c, *shape, *sizes, *tail,
         )  # fmt: skip
         grid = tiles_r * tiles_c * shape[0] * shape[1]
-        DBIAS((base_key, constants, tile), aligned, grid, index, p.stream, arguments, constants, tile.warps, tile.stages)
+        DBIAS((base_key, constants, tile), aligned, grid, index, p.stream, arguments, constants, tile.warps, tile.stages, choice)
 
     if t.dsink is not None:
         sink = (t.sink.stride(0), t.dsink.stride(0))

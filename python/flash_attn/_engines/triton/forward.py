@@ -15,6 +15,7 @@ COMBINE = Kernel(combine_kernel, ())
 APPEND = Kernel(append_kernel, ())
 
 LOG2E = 1.4426950408889634
+MOST_PARTS = 64  # that keys are split in
 FAR = 1 << 30  # a side of a window without limit
 
 
@@ -93,7 +94,7 @@ def presence(tensors) -> int:
 class Plan:
     """How a Problem is computed: a pure function of it and the device."""
 
-    __slots__ = ("block", "columns", "columns_v", "heads", "pack", "parts", "tile", "tiles")
+    __slots__ = ("block", "choice", "columns", "columns_v", "heads", "pack", "parts", "tile", "tiles")
 
     def __init__(self, p, device, version):
         itemsize = 4 if p.dtype == "float32" else 2
@@ -103,20 +104,22 @@ class Plan:
         # Few rows: those of a whole group of heads share their keys, and are one tile.
         rows = p.rows_q if p.batch_q == p.batch and p.max_seqlen_q < p.rows_q else p.max_seqlen_q
         self.pack = p.group > 1 and rows * p.group <= 64
+        which, most = "forward", 128
         if self.pack or rows <= 16:
             rows = rows * p.group if self.pack else rows
-            self.tile = configs.tile_for(
-                "few_rows", device.arch, version, widest, masked, itemsize, device.shared, rows
-            )
-        else:
-            self.tile = configs.tile_for("forward", device.arch, version, widest, masked, itemsize, device.shared)
+            which, most = "few_rows", 16 if rows <= 16 else 32 if rows <= 32 else 64
+        self.choice = configs.Choice(
+            which, device.arch, version, widest, masked, itemsize, device.shared, min(most, 32) if itemsize == 4 else most
+        )
+        self.tile = configs.tile_for(*self.choice)
         self.tiles = -(-rows // self.tile.rows)
         self.heads = p.batch * (p.nheads_k if self.pack else p.nheads)
         programs = self.tiles * self.heads
         self.parts = 1
         if programs and programs * 2 <= device.processors * (4 if self.pack else 1) and p.max_seqlen_k >= 256:
-            # Enough parts to keep every processor busy, of 128 keys at least.
-            self.parts = max(1, min(device.processors * 2 // programs, p.max_seqlen_k // 128, 64))
+            # Whole waves of programs: one, or where half the processors have one already, two. Of 128 keys at least.
+            wanted = device.processors * (1 if programs * 2 <= device.processors else 2)
+            self.parts = max(1, min(wanted // programs, p.max_seqlen_k // 128, MOST_PARTS))
         # Under a mask rows differ in work, and tiles are taken across heads: as many as leave their keys in the cache.
         keys = max(1, p.max_seqlen_k * (p.headdim + p.headdim_v) * itemsize)
         self.block = 1
@@ -207,7 +210,6 @@ def run_forward(p, t, device, index, version) -> None:
     constants = (
         tile.rows, tile.keys, plan.columns, plan.columns_v, even, unit, wide, mask, paged, plan.pack, split,
         p.rotary_interleaved if p.rotary_dim else False, sign, precision(p),
-        tile.single,
     )  # fmt: skip
     key = (
         p.dtype, aligned, constants, presence(optional), lse is None, used is None, new[0] is None, p.softcap != 0,
@@ -224,27 +226,23 @@ def run_forward(p, t, device, index, version) -> None:
         programs if packed_q else None, *alibi, *bias, sink_h, *rotary, threshold, seed, offset,
         factor, scale, p.softcap or None, p.drop_scale if threshold else None, p.empty_lse,
     )  # fmt: skip
-    FORWARD(key, aligned, grid, index, p.stream, arguments, constants, tile.warps, tile.stages)
+    FORWARD(key, aligned, grid, index, p.stream, arguments, constants, tile.warps, tile.stages, plan.choice)
     if split:
         combine(p, t, plan, out_parts, lse_parts, index, lse_b, lse_h, lse_r, sink_h)
 
 
 def combine(p, t, plan, out_parts, lse_parts, index, lse_b, lse_h, lse_r, sink_h) -> None:
-    rows = 8 if plan.columns_v <= 128 else 2
     memory = p.batch_q * p.rows_q * p.nheads
-    if memory * 4 < 132 * rows:
-        rows = max(1, rows // 4)
     *o, o_c = strides(t.out, t.cu_seqlens_q is not None)
     o_c = None if o_c == 1 else o_c
-    parts = 1 << (plan.parts - 1).bit_length()
-    constants = (rows, plan.columns_v, parts)
+    constants = (plan.columns_v, MOST_PARTS)
     sink_type = None if t.sink is None else t.sink.dtype
     key = (p.dtype, constants, t.lse is None, sink_type, o_c is None, widths((o_c, lse_r, sink_h)))
     arguments = (
         out_parts, lse_parts, t.out, t.lse, t.sink, *o, lse_b, lse_h, o_c, lse_r,
         memory, p.rows_q, p.nheads, p.headdim_v, plan.parts, sink_h, p.empty_lse,
     )  # fmt: skip
-    COMBINE(key, False, -(-memory // rows), index, p.stream, arguments, constants, 4, 2)
+    COMBINE(key, False, memory, index, p.stream, arguments, constants, 4 if plan.columns_v <= 128 else 8, 1)
 
 
 def signed(x: int) -> int:

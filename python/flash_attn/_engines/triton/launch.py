@@ -9,14 +9,24 @@ pointers are aligned (one bit for all of q, k, v and so on; other tensors are ne
 from __future__ import annotations
 
 import triton
+from triton.runtime import errors
+
+from flash_attn._engines.triton import configs
+
+# What compilers say where a tile takes more shared memory or registers than there are.
+_TOO_LARGE = tuple(getattr(errors, n) for n in ("OutOfResources", "PTXASError") if hasattr(errors, n))
 
 # Versions whose CompiledKernel.run was tried as it is called below; its arguments changed between most of them.
 DIRECT_VERSIONS = ("3.6",)
 _DIRECT = triton.__version__.rsplit(".", 1)[0] in DIRECT_VERSIONS
 
 
+class Again(Exception):
+    """A tile was too large, and a smaller one has taken its place: plan and launch once more."""
+
+
 class Kernel:
-    """A Triton function, and its compiled forms. `wide`: names of the pointers that alignment is known of."""
+    """A Triton function, and its compiled forms. `aligned`: names of the pointers whose alignment the key tells."""
 
     def __init__(self, function, aligned: tuple[str, ...]):
         function = getattr(function, "fn", function)
@@ -39,8 +49,9 @@ class Kernel:
     def jit(self, is_aligned: bool):
         return self._aligned if is_aligned else self._unaligned
 
-    def __call__(self, key, is_aligned: bool, programs: int, device, stream: int, arguments, constants, warps, stages):
-        """`constants`: the constexprs, in the order of the signature, where they come last."""
+    def __call__(self, key, is_aligned: bool, programs: int, device, stream: int, arguments, constants, warps, stages,
+                 choice=None):  # fmt: skip
+        """`constants`: the constexprs, in the order of the signature, where they come last. `choice`: of the tile."""
         compiled = self._compiled.get((key, device))
         if compiled is not None:
             compiled.run(
@@ -48,6 +59,11 @@ class Kernel:
                 *arguments, *constants,
             )  # fmt: skip
             return
-        compiled = self.jit(is_aligned)[(programs,)](*arguments, *constants, num_warps=warps, num_stages=stages)
+        try:
+            compiled = self.jit(is_aligned)[(programs,)](*arguments, *constants, num_warps=warps, num_stages=stages)
+        except _TOO_LARGE as error:
+            if choice is None or not configs.try_smaller(choice):
+                raise
+            raise Again from error
         if _DIRECT and hasattr(compiled, "packed_metadata"):
             self._compiled[key, device] = compiled

@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 
 from .dropout import kept, kept_one, seed_of
-from .forward import any_nan
+from .forward import any_nan, never
 from .gradients import row_statistics, score_gradients
-from .mask import key_tiles, row_tiles, tile_at, tile_count
+from .mask import is_near, key_tiles, row_interval, row_tiles, tile_at, tile_count
 from .sequences import clear_rows, is_outside, key_rows, load_tile, query_rows, tile_and_head, tile_offsets
 
 
@@ -55,7 +55,7 @@ def dkdv_kernel(
     alibi_b, alibi_h, bias_b, bias_h, bias_r, bias_c, bias_rows, bias_keys, threshold, seed: "i64", offset: "i64",
     factor: "fp32", scale: "fp32", softcap, drop_scale,
     ROWS: tl.constexpr, KEYS: tl.constexpr, COLS: tl.constexpr, COLS_V: tl.constexpr, EVEN: tl.constexpr,
-    UNIT: tl.constexpr, WIDE: tl.constexpr, MASK: tl.constexpr, SINGLE: tl.constexpr, PRECISION: tl.constexpr,
+    UNIT: tl.constexpr, WIDE: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
     WHICH: tl.constexpr,
 ):  # fmt: skip
     """heads = batch * nheads_k; factor, scale of q.k: of raw scores in base 2, and the softmax scale.
@@ -97,9 +97,6 @@ def dkdv_kernel(
     start, full, stop, end = row_tiles(
         n, tl.minimum(n + KEYS, count) - 1, seqlen_q, count, left, right, chunk, MASK, ROWS
     )
-    if SINGLE:
-        full = start
-        stop = start
     k0, k1, last = 0, 0, 0
     if threshold is not None:
         k0, k1, last = seed_of(state, seed, offset)
@@ -113,7 +110,7 @@ def dkdv_kernel(
         q_at = q + (q_batch.to(tl.int64) * q_b + h.to(tl.int64) * q_h) * UNIT
         do_at = dout + (q_batch.to(tl.int64) * do_b + h.to(tl.int64) * do_h) * UNIT
         stats = (q_batch.to(tl.int64) * nheads + h) * rows_q + q_first
-        for EDGE in tl.static_range(SINGLE, 2):
+        for EDGE in tl.static_range(2):
             for index in tl.range(0, tile_count(start, full, stop, end, ROWS, EDGE)):
                 m = tile_at(index, start, full, stop, ROWS, EDGE)
                 i = m + tl.arange(0, ROWS)
@@ -132,15 +129,18 @@ def dkdv_kernel(
                 if WHICH != 2:
                     dp = tl.dot(values, tl.trans(grads), input_precision=PRECISION)
                 position = i + count - seqlen_q
+                visible = None
+                if EDGE and MASK > 0:
+                    visible = is_near(j[:, None], position[None, :], left, right, chunk, MASK)
                 stays = None
                 if threshold is not None:
                     plane = tl.zeros((ROWS,), tl.int32) + (b * nheads + h)
                     stays = tl.trans(kept(i, n, plane, k0, k1, last, threshold, ROWS, KEYS).to(tl.int8)) != 0
-                p, du, ds, visible = score_gradients(
+                p, du, ds = score_gradients(
                     s, dp, l2[None, :], d[None, :], i[None, :], j[:, None], position[None, :], h, b, seqlen_q, count,
-                    factor, scale, softcap, left, right, chunk, alibi, alibi_b, alibi_h,
-                    bias, bias_b, bias_h, bias_r, bias_c, bias_rows, bias_keys, stays, drop_scale,
-                    MASK, EDGE and MASK > 0, PRECISION == "ieee",
+                    factor, scale, softcap, alibi, alibi_b, alibi_h,
+                    bias, bias_b, bias_h, bias_r, bias_c, bias_rows, bias_keys, visible, stays, drop_scale,
+                    PRECISION == "ieee",
                 )  # fmt: skip
                 if WHICH != 1:
                     acc_v = tl.dot(p.to(grads.dtype), grads, acc_v, input_precision=PRECISION)
@@ -153,43 +153,46 @@ def dkdv_kernel(
             again = again | any_nan(acc_k)
         if WHICH != 1:
             again = again | any_nan(acc_v)
-        if WHICH != 2:
-            acc_k = tl.where(again, 0.0, acc_k)
-        if WHICH != 1:
-            acc_v = tl.where(again, 0.0, acc_v)
-        careful = tl.where(again, tl.minimum(end, seqlen_q) - start, 0)
-        for x in range(group * careful):  # row start + x % careful of head x // careful of the group
-            h = head_k * group + x // careful
-            m = start + x % careful
-            q_at = q + (q_batch.to(tl.int64) * q_b + h.to(tl.int64) * q_h) * UNIT
-            do_at = dout + (q_batch.to(tl.int64) * do_b + h.to(tl.int64) * do_h) * UNIT
-            stats = (q_batch.to(tl.int64) * nheads + h) * rows_q + q_first
-            queries = load_tile(q_at, m, q_first, seqlen_q, None, None, None, q_b, q_r, q_c, headdim,
-                                1, COLS, EVEN, True, 0, UNIT, WIDE)  # fmt: skip
-            grads = load_tile(do_at, m, q_first, seqlen_q, None, None, None, do_b, do_r, do_c, headdim_v,
-                              1, COLS_V, EVEN, True, 0, UNIT, WIDE)  # fmt: skip
-            keys = load_rows(k_at, k_first, j, known & again, k_r, k_c, headdim, COLS, EVEN, UNIT)
-            s = tl.sum(keys.to(tl.float32) * queries.to(tl.float32), 1)[:, None]
-            dp = s
+        if again:
             if WHICH != 2:
-                values = load_rows(v_at, k_first, j, known & again, v_r, v_c, headdim_v, COLS_V, EVEN, UNIT)
-                dp = tl.sum(values.to(tl.float32) * grads.to(tl.float32), 1)[:, None]
-            i = m + tl.zeros((1, 1), tl.int32)
-            stays = None
-            if threshold is not None:
-                rows_here = m + tl.zeros((1,), tl.int32)
-                plane = rows_here * 0 + (b * nheads + h)
-                stays = tl.trans(kept(rows_here, n, plane, k0, k1, last, threshold, 1, KEYS).to(tl.int8)) != 0
-            p, du, ds, visible = score_gradients(
-                s, dp, tl.load(lse2 + stats + m), tl.load(delta + stats + m), i, j[:, None], i + count - seqlen_q,
-                h, b, seqlen_q, count, factor, scale, softcap, left, right, chunk, alibi, alibi_b, alibi_h,
-                bias, bias_b, bias_h, bias_r, bias_c, bias_rows, bias_keys, stays, drop_scale,
-                MASK, True, PRECISION == "ieee",
-            )  # fmt: skip
+                acc_k = tl.zeros((KEYS, COLS), tl.float32)
             if WHICH != 1:
-                acc_v += tl.where(visible, p * grads.to(tl.float32), 0.0)
-            if WHICH != 2:
-                acc_k += tl.where(visible, du * queries.to(tl.float32), 0.0)
+                acc_v = tl.zeros((KEYS, COLS_V), tl.float32)
+            careful = tl.minimum(end, seqlen_q) - start
+            hidden = never(nheads)
+            for x in range(group * careful):  # row start + x % careful of head x // careful of the group
+                h = head_k * group + x // careful
+                m = start + x % careful
+                q_at = q + (q_batch.to(tl.int64) * q_b + h.to(tl.int64) * q_h) * UNIT
+                do_at = dout + (q_batch.to(tl.int64) * do_b + h.to(tl.int64) * do_h) * UNIT
+                stats = (q_batch.to(tl.int64) * nheads + h) * rows_q + q_first
+                queries = load_tile(q_at, m, q_first, seqlen_q, None, None, None, q_b, q_r, q_c, headdim,
+                                    1, COLS, EVEN, True, 0, UNIT, WIDE)  # fmt: skip
+                grads = load_tile(do_at, m, q_first, seqlen_q, None, None, None, do_b, do_r, do_c, headdim_v,
+                                  1, COLS_V, EVEN, True, 0, UNIT, WIDE)  # fmt: skip
+                keys = load_rows(k_at, k_first, j + hidden, known, k_r, k_c, headdim, COLS, EVEN, UNIT)
+                s = tl.sum(keys.to(tl.float32) * queries.to(tl.float32), 1)[:, None]
+                dp = s
+                if WHICH != 2:
+                    values = load_rows(v_at, k_first, j + hidden, known, v_r, v_c, headdim_v, COLS_V, EVEN, UNIT)
+                    dp = tl.sum(values.to(tl.float32) * grads.to(tl.float32), 1)[:, None]
+                i = m + tl.zeros((1, 1), tl.int32)
+                visible = is_near(j[:, None], i + count - seqlen_q, left, right, chunk, MASK)
+                stays = None
+                if threshold is not None:
+                    rows_here = m + tl.zeros((1,), tl.int32)
+                    plane = rows_here * 0 + (b * nheads + h)
+                    stays = tl.trans(kept(rows_here, n, plane, k0, k1, last, threshold, 1, KEYS).to(tl.int8)) != 0
+                p, du, ds = score_gradients(
+                    s, dp, tl.load(lse2 + stats + m), tl.load(delta + stats + m), i, j[:, None], i + count - seqlen_q,
+                    h, b, seqlen_q, count, factor, scale, softcap, alibi, alibi_b, alibi_h,
+                    bias, bias_b, bias_h, bias_r, bias_c, bias_rows, bias_keys, visible, stays, drop_scale,
+                    PRECISION == "ieee",
+                )  # fmt: skip
+                if WHICH != 1:
+                    acc_v += tl.where(visible, p * grads.to(tl.float32), 0.0)
+                if WHICH != 2:
+                    acc_k += tl.where(visible, du * queries.to(tl.float32), 0.0)
 
     if WHICH != 2:
         to_k = dk + (k_batch.to(tl.int64) * dk_b + head_k.to(tl.int64) * dk_h) * UNIT
@@ -210,7 +213,7 @@ def dq_kernel(
     alibi_b, alibi_h, bias_b, bias_h, bias_r, bias_c, bias_rows, bias_keys, threshold, seed: "i64", offset: "i64",
     factor: "fp32", scale: "fp32", softcap, drop_scale,
     ROWS: tl.constexpr, KEYS: tl.constexpr, COLS: tl.constexpr, COLS_V: tl.constexpr, EVEN: tl.constexpr,
-    UNIT: tl.constexpr, WIDE: tl.constexpr, MASK: tl.constexpr, SINGLE: tl.constexpr, PRECISION: tl.constexpr,
+    UNIT: tl.constexpr, WIDE: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """heads = batch * nheads; lse2, delta: fp32 (batch_q, nheads, rows_q), written here; the rest as in dkdv_kernel."""
     headdim *= UNIT
@@ -267,16 +270,14 @@ def dq_kernel(
         end = start
         full = start
         stop = start
-    if SINGLE:
-        full = start
-        stop = start
+    lo, hi = row_interval(position, count, left, right, chunk, MASK)
     plane = tl.zeros((ROWS,), tl.int32) + (b * nheads + h)
     k0, k1, last = 0, 0, 0
     if threshold is not None:
         k0, k1, last = seed_of(state, seed, offset)
 
     acc = tl.zeros((ROWS, COLS), tl.float32)
-    for EDGE in tl.static_range(SINGLE, 2):
+    for EDGE in tl.static_range(2):
         for index in tl.range(0, tile_count(start, full, stop, end, KEYS, EDGE)):
             n = tile_at(index, start, full, stop, KEYS, EDGE)
             keys = load_tile(k_at, n, k_first, count, None, None, None, k_b, k_r, k_c, headdim,
@@ -286,39 +287,44 @@ def dq_kernel(
             s = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
             dp = tl.dot(grads, tl.trans(values), input_precision=PRECISION)
             j = n + tl.arange(0, KEYS)
+            visible = None
+            if EDGE:
+                visible = (j[None, :] >= lo[:, None]) & (j[None, :] < hi[:, None])
             stays = None
             if threshold is not None:
                 stays = kept(i, n, plane, k0, k1, last, threshold, ROWS, KEYS)
-            p, du, ds, visible = score_gradients(
+            p, du, ds = score_gradients(
                 s, dp, l2[:, None], d[:, None], i[:, None], j[None, :], position[:, None], h, b, seqlen_q, count,
-                factor, scale, softcap, left, right, chunk, alibi, alibi_b, alibi_h,
-                bias, bias_b, bias_h, bias_r, bias_c, bias_rows, bias_keys, stays, drop_scale,
-                MASK, EDGE, PRECISION == "ieee",
+                factor, scale, softcap, alibi, alibi_b, alibi_h,
+                bias, bias_b, bias_h, bias_r, bias_c, bias_rows, bias_keys, visible, stays, drop_scale,
+                PRECISION == "ieee",
             )  # fmt: skip
             acc = tl.dot(du.to(keys.dtype), keys, acc, input_precision=PRECISION)
 
     if MASK > 0:  # a NaN in acc: once more, key by key, as in forward_kernel
-        again = any_nan(acc)
-        acc = tl.where(again, 0.0, acc)
-        for n in range(start, tl.where(again, tl.minimum(end, count), start)):
-            queries = load_rows(q_at, q_first, i, (i < seqlen_q) & again, q_r, q_c, headdim, COLS, EVEN, UNIT)
-            grads = load_rows(do_at, q_first, i, (i < seqlen_q) & again, do_r, do_c, headdim_v, COLS_V, EVEN, UNIT)
-            keys = load_tile(k_at, n, k_first, count, None, None, None, k_b, k_r, k_c, headdim,
-                             1, COLS, EVEN, True, 0, UNIT, WIDE)  # fmt: skip
-            values = load_tile(v_at, n, k_first, count, None, None, None, v_b, v_r, v_c, headdim_v,
-                               1, COLS_V, EVEN, True, 0, UNIT, WIDE)  # fmt: skip
-            s = tl.sum(queries.to(tl.float32) * keys.to(tl.float32), 1)[:, None]
-            dp = tl.sum(grads.to(tl.float32) * values.to(tl.float32), 1)[:, None]
-            j = n + tl.zeros((1, 1), tl.int32)
-            stays = None
-            if threshold is not None:
-                stays = kept_one(i, n, plane, k0, k1, last, threshold, ROWS)
-            p, du, ds, visible = score_gradients(
-                s, dp, l2[:, None], d[:, None], i[:, None], j, position[:, None], h, b, seqlen_q, count,
-                factor, scale, softcap, left, right, chunk, alibi, alibi_b, alibi_h,
-                bias, bias_b, bias_h, bias_r, bias_c, bias_rows, bias_keys, stays, drop_scale,
-                MASK, True, PRECISION == "ieee",
-            )  # fmt: skip
-            acc += tl.where(visible, du * keys.to(tl.float32), 0.0)
+        if any_nan(acc):
+            acc = tl.zeros((ROWS, COLS), tl.float32)
+            hidden = never(nheads)
+            for n in range(start, tl.minimum(end, count)):
+                queries = load_rows(q_at, q_first, i + hidden, i < seqlen_q, q_r, q_c, headdim, COLS, EVEN, UNIT)
+                grads = load_rows(do_at, q_first, i + hidden, i < seqlen_q, do_r, do_c, headdim_v, COLS_V, EVEN, UNIT)
+                keys = load_tile(k_at, n, k_first, count, None, None, None, k_b, k_r, k_c, headdim,
+                                 1, COLS, EVEN, True, 0, UNIT, WIDE)  # fmt: skip
+                values = load_tile(v_at, n, k_first, count, None, None, None, v_b, v_r, v_c, headdim_v,
+                                   1, COLS_V, EVEN, True, 0, UNIT, WIDE)  # fmt: skip
+                s = tl.sum(queries.to(tl.float32) * keys.to(tl.float32), 1)[:, None]
+                dp = tl.sum(grads.to(tl.float32) * values.to(tl.float32), 1)[:, None]
+                j = n + tl.zeros((1, 1), tl.int32)
+                visible = (j >= lo[:, None]) & (j < hi[:, None])
+                stays = None
+                if threshold is not None:
+                    stays = kept_one(i, n, plane, k0, k1, last, threshold, ROWS)
+                p, du, ds = score_gradients(
+                    s, dp, l2[:, None], d[:, None], i[:, None], j, position[:, None], h, b, seqlen_q, count,
+                    factor, scale, softcap, alibi, alibi_b, alibi_h,
+                    bias, bias_b, bias_h, bias_r, bias_c, bias_rows, bias_keys, visible, stays, drop_scale,
+                    PRECISION == "ieee",
+                )  # fmt: skip
+                acc += tl.where(visible, du * keys.to(tl.float32), 0.0)
     to = dq + (q_batch.to(tl.int64) * dq_b + h.to(tl.int64) * dq_h) * UNIT
     store_tile(to, q_first + i, known, dq_r, dq_c, headdim, acc * scale, COLS, UNIT)

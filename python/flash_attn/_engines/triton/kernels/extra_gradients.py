@@ -9,6 +9,7 @@ import triton.language as tl
 
 from .dropout import kept, seed_of
 from .gradients import score_gradients
+from .mask import row_interval
 from .sequences import key_rows, load_tile, query_rows
 
 
@@ -78,13 +79,15 @@ def dbias_kernel(
                     if threshold is not None:
                         plane = i * 0 + (b * nheads + h)
                         stays = kept(i, n, plane, k0, k1, last, threshold, ROWS, KEYS)
-                    p, du, ds, visible = score_gradients(
+                    lo, hi = row_interval(position, count, left, right, chunk, MASK)
+                    visible = (j[None, :] >= lo[:, None]) & (j[None, :] < hi[:, None])
+                    p, du, ds = score_gradients(
                         s, dp, l2[:, None], d[:, None], i[:, None], j[None, :], position[:, None], h, b, seqlen_q, count,
-                        factor, scale, softcap, left, right, chunk, alibi, alibi_b, alibi_h,
-                        bias, bias_b, bias_h, bias_r, bias_c, bias_rows, bias_keys, stays, drop_scale,
-                        MASK, True, PRECISION == "ieee",
+                        factor, scale, softcap, alibi, alibi_b, alibi_h,
+                        bias, bias_b, bias_h, bias_r, bias_c, bias_rows, bias_keys, visible, stays, drop_scale,
+                        PRECISION == "ieee",
                     )  # fmt: skip
-                    acc += ds
+                    acc += tl.where(visible, ds, 0.0)
     to = dbias + bias_batch.to(tl.int64) * db_b + bias_head.to(tl.int64) * db_h + j.to(tl.int64)[None, :] * db_c
     if ROWS_ALIKE:
         tl.store(to, tl.sum(acc, 0)[None, :], mask=(j < shape_c)[None, :])

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .dropout import kept, kept_one, seed_of
-from .mask import is_visible, key_tiles, tile_at, tile_count
+from .mask import key_tiles, row_interval, tile_at, tile_count
 from .rotary import first_position, rotate
 from .scores import LOG2E, natural_scores
 from .sequences import clamp, clear_rows, is_outside, key_rows, load_tile, query_rows, tile_and_head
@@ -21,6 +21,23 @@ from .sequences import clamp, clear_rows, is_outside, key_rows, load_tile, query
 @triton.jit
 def any_nan(x):
     return tl.max(tl.max((x != x).to(tl.int32), 1), 0) > 0
+
+
+@triton.jit
+def query_offsets(r, first, group, stride_row, stride_head, PACK: tl.constexpr, UNIT: tl.constexpr):
+    """Of rows r from the tile's first row."""
+    if PACK:
+        i = (r // group - first // group).to(tl.int64)
+        return (i * stride_row + (r % group).to(tl.int64) * stride_head) * UNIT
+    else:
+        return (r - first).to(tl.int64) * stride_row * UNIT
+
+
+@triton.jit
+def never(x):
+    """0, for x >= 0; but the compiler does not know. What is computed from it once more for the careful pass is then not
+    kept in registers through the loops before, which need them."""
+    return (x < 0).to(tl.int32)
 
 
 @triton.jit
@@ -64,12 +81,10 @@ def forward_kernel(
     ROWS: tl.constexpr, KEYS: tl.constexpr, COLS: tl.constexpr, COLS_V: tl.constexpr, EVEN: tl.constexpr,
     UNIT: tl.constexpr, WIDE: tl.constexpr, MASK: tl.constexpr, PAGED: tl.constexpr, PACK: tl.constexpr,
     SPLIT: tl.constexpr, INTERLEAVED: tl.constexpr, SIGN: tl.constexpr, PRECISION: tl.constexpr,
-    SINGLE: tl.constexpr,
 ):  # fmt: skip
     """q (batch, row, head, col) and so on; lse (batch, head, row); headdim in units; heads = batch * heads of the grid.
 
     factor: of raw scores in base 2, > 0. scale: of raw scores in the natural base; with softcap, ALiBi or bias, of q.k.
-    SINGLE: one loop, which masks all tiles: less to compile, and quicker where sequences are short.
     programs: of the grid, but for those that fill rows of no sequence.
     """
     headdim *= UNIT
@@ -136,10 +151,9 @@ def forward_kernel(
     q_at = q + (q_batch.to(tl.int64) * q_b + (q_first + i_first).to(tl.int64) * q_r) * UNIT
     if PACK:
         q_at += head_k.to(tl.int64) * group * q_h * UNIT
-        along = ((i - i_first).to(tl.int64) * q_r + (r % group).to(tl.int64) * q_h) * UNIT
     else:
         q_at += (head % nheads).to(tl.int64) * q_h * UNIT
-        along = rows_of.to(tl.int64) * q_r * UNIT
+    along = query_offsets(r, tile * ROWS, group, q_r, q_h, PACK, UNIT)
     at = i
     if cos is not None:
         at = first_position(b, positions, used_k, used) + i * advance
@@ -170,9 +184,7 @@ def forward_kernel(
         end = tl.minimum(start + share, end)
         full = clamp(full, start, end)
         stop = clamp(stop, full, end)
-    if SINGLE:
-        full = start
-        stop = start
+    lo, hi = row_interval(position, count, left, right, chunk, MASK)
     plane = b * nheads + h
     if threshold is not None:
         k0, k1, last = seed_of(state, seed, offset)
@@ -188,7 +200,7 @@ def forward_kernel(
     m = tl.zeros((ROWS,), tl.float32) - 3.4028234663852886e38 / tl.maximum(power, 1.0)
     l = tl.zeros((ROWS,), tl.float32)
     acc = tl.zeros((ROWS, COLS_V), tl.float32)
-    for EDGE in tl.static_range(SINGLE, 2):
+    for EDGE in tl.static_range(2):
         for index in tl.range(0, tile_count(start, full, stop, end, KEYS, EDGE)):
             n = tile_at(index, start, full, stop, KEYS, EDGE)
             keys = load_tile(k_at, n, k_first, count, table, page_size, batch_k, k_b, k_r, k_c, headdim,
@@ -202,7 +214,7 @@ def forward_kernel(
                     PRECISION == "ieee",
                 )  # fmt: skip
             if EDGE:
-                visible = is_visible(j, position[:, None], count, left, right, chunk, MASK)
+                visible = (j >= lo[:, None]) & (j < hi[:, None])
                 s = tl.where(visible, s, float("-inf"))
             m_new = tl.maximum(m, tl.max(s, 1))
             times = tl.where(tl.abs(m_new) < limit, factor, power)
@@ -221,32 +233,33 @@ def forward_kernel(
         # A value that is no number has met a probability of 0 in the rows of its tile that do not see it: 0 times NaN is
         # NaN. Then there is a NaN in acc, and all is done once more, key by key, slowly; m and l are right already.
         # Without tensor cores, whose registers the compiler would take from the loop above.
-        again = any_nan(acc)
-        acc = tl.where(again, 0.0, acc)
-        times = tl.where(tl.abs(m) < limit, factor, power)
-        for n in range(start, tl.where(again, tl.minimum(end, count), start)):
-            known = valid & again
-            queries = load_queries(
-                q_at + along[:, None], known, at, headdim, q_c, cos, sin, cos_r, cos_c, sin_r, sin_c, rows_cos, pairs,
-                COLS, EVEN, INTERLEAVED, SIGN,
-            )  # fmt: skip
-            keys = load_tile(k_at, n, k_first, count, table, page_size, batch_k, k_b, k_r, k_c, headdim,
-                             1, COLS, EVEN, True, PAGED, UNIT, WIDE)  # fmt: skip
-            values = load_tile(v_at, n, k_first, count, table, page_size, batch_k, v_b, v_r, v_c, headdim_v,
-                               1, COLS_V, EVEN, True, PAGED, UNIT, WIDE)  # fmt: skip
-            s = tl.sum(queries.to(tl.float32) * keys.to(tl.float32), 1)[:, None]
-            j = n + tl.zeros((1, 1), tl.int32)
-            if not PLAIN:
-                s, t = natural_scores(
-                    s, i[:, None], j, position[:, None], h[:, None], b, seqlen_q, count, scale, softcap,
-                    alibi, alibi_b, alibi_h, bias, bias_b, bias_h, bias_r, bias_c, bias_rows, bias_keys,
-                    PRECISION == "ieee",
+        if any_nan(acc):
+            acc = tl.zeros((ROWS, COLS_V), tl.float32)
+            times = tl.where(tl.abs(m) < limit, factor, power)
+            hidden = never(nheads)
+            along = query_offsets(r + hidden, tile * ROWS, group, q_r, q_h, PACK, UNIT)
+            for n in range(start, tl.minimum(end, count)):
+                queries = load_queries(
+                    q_at + along[:, None], valid, at, headdim + hidden, q_c, cos, sin, cos_r, cos_c, sin_r, sin_c,
+                    rows_cos, pairs, COLS, EVEN, INTERLEAVED, SIGN,
                 )  # fmt: skip
-            p = tl.exp2(tl.fma(s, times[:, None], -(m * times)[:, None]))
-            if threshold is not None:
-                p = tl.where(kept_one(i, n, plane, k0, k1, last, threshold, ROWS), p, 0.0)
-            visible = is_visible(j, position[:, None], count, left, right, chunk, MASK)
-            acc += tl.where(visible, p * values.to(tl.float32), 0.0)
+                keys = load_tile(k_at, n, k_first, count, table, page_size, batch_k, k_b, k_r, k_c, headdim,
+                                 1, COLS, EVEN, True, PAGED, UNIT, WIDE)  # fmt: skip
+                values = load_tile(v_at, n, k_first, count, table, page_size, batch_k, v_b, v_r, v_c, headdim_v,
+                                   1, COLS_V, EVEN, True, PAGED, UNIT, WIDE)  # fmt: skip
+                s = tl.sum(queries.to(tl.float32) * keys.to(tl.float32), 1)[:, None]
+                j = n + tl.zeros((1, 1), tl.int32)
+                if not PLAIN:
+                    s, t = natural_scores(
+                        s, i[:, None], j, position[:, None], h[:, None], b, seqlen_q, count, scale, softcap,
+                        alibi, alibi_b, alibi_h, bias, bias_b, bias_h, bias_r, bias_c, bias_rows, bias_keys,
+                        PRECISION == "ieee",
+                    )  # fmt: skip
+                p = tl.exp2(tl.fma(s, times[:, None], -(m * times)[:, None]))
+                if threshold is not None:
+                    p = tl.where(kept_one(i, n, plane, k0, k1, last, threshold, ROWS), p, 0.0)
+                visible = (j >= lo[:, None]) & (j < hi[:, None])
+                acc += tl.where(visible, p * values.to(tl.float32), 0.0)
 
     # natural logarithms from here on; a row has seen something if its sum is not 0 (NaN included)
     top = m * (scale if PLAIN else 1.0)

@@ -9,7 +9,6 @@ the rows it owns, and leaves them in memory for the others.
 import triton
 import triton.language as tl
 
-from .mask import is_visible
 from .scores import natural_scores
 
 
@@ -27,13 +26,13 @@ def row_statistics(out, dout, lse, dlse):
 @triton.jit
 def score_gradients(
     dots, dots_v, l2, d, i, j, position, h, b, seqlen_q, seqlen_k, factor, scale, softcap,
-    left, right, chunk, alibi, alibi_b, alibi_h, bias, bias_b, bias_h, bias_r, bias_c, bias_rows, bias_keys,
-    stays, drop_scale, MASK: tl.constexpr, HIDE: tl.constexpr, EXACT: tl.constexpr,
+    alibi, alibi_b, alibi_h, bias, bias_b, bias_h, bias_r, bias_c, bias_rows, bias_keys,
+    visible, stays, drop_scale, EXACT: tl.constexpr,
 ):  # fmt: skip
     """dots = q.k and dots_v = dout.v of a tile of rows and keys, or of its transpose.
 
-    -> Z P, dU, dS and what is visible. l2, d, i, position broadcast along keys, j along rows. stays: what dropout
-    keeps, or None. HIDE: whether some entries are masked.
+    -> Z P, dU, dS. l2, d, i, position broadcast along keys, j along rows. visible, stays: what the mask shows and what
+    dropout keeps, of the tile; or None.
     """
     PLAIN: tl.constexpr = softcap is None and alibi is None and bias is None
     raw = dots
@@ -43,8 +42,7 @@ def score_gradients(
             bias, bias_b, bias_h, bias_r, bias_c, bias_rows, bias_keys, EXACT,
         )  # fmt: skip
     p = tl.exp2(tl.fma(raw, factor, -l2))
-    visible = is_visible(j, position, seqlen_k, left, right, chunk, MASK)
-    if HIDE:
+    if visible is not None:
         p = tl.where(visible, p, 0.0)
     dp = dots_v
     weights = p
@@ -52,9 +50,7 @@ def score_gradients(
         weights = tl.where(stays, p * drop_scale, 0.0)
         dp = tl.where(stays, dp * drop_scale, 0.0)
     ds = p * (dp - d)
-    if HIDE:
-        ds = tl.where(visible, ds, 0.0)
     du = ds
     if softcap is not None:
         du = ds * (1.0 - t * t)
-    return weights, du, ds, visible
+    return weights, du, ds

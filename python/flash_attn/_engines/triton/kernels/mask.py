@@ -30,17 +30,15 @@ def row_interval(p, seqlen_k, left, right, chunk, MASK: tl.constexpr):
 
 
 @triton.jit
-def is_visible(j, position, seqlen_k, left, right, chunk, MASK: tl.constexpr):
-    """The same interval, entry by entry: j and position broadcast to a tile. Compares j - position with numbers, so that
-    a program holds no bounds of rows."""
-    visible = j < seqlen_k
-    if MASK > 0:
-        gap = j - position
-        visible = visible & (gap <= right) & (gap >= -left)
+def is_near(j, position, left, right, chunk, MASK: tl.constexpr):
+    """The same interval for a tile whose rows lie along the second axis, where a thread has many of them: compares
+    j - position with two numbers, so that it holds no bounds of rows. True past the last key."""
+    gap = j - position
+    near = (gap <= right) & (gap >= -left)
     if MASK == 2:
         start = floor_div(position, chunk) * chunk
-        visible = visible & (j >= start) & (j < start + chunk)
-    return visible
+        near = near & (j >= start) & (j < start + chunk)
+    return near
 
 
 @triton.jit
