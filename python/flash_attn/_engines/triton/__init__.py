@@ -11,13 +11,19 @@ import os
 import torch
 import triton
 
-from flash_attn._engines.triton import configs
+from flash_attn._engines.triton import backward, configs, forward
 from flash_attn._engines.triton.backward import run_backward
 from flash_attn._engines.triton.device import device_of
 from flash_attn._engines.triton.forward import Plan, run_forward
 from flash_attn._engines.triton.launch import Again
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+
+
+def forget() -> None:
+    """All prepared launches: tiles have changed."""
+    forward._calls.clear()
+    backward._calls.clear()
 
 
 class TritonEngine:
@@ -60,7 +66,7 @@ def _run(function, p, t, index: int) -> None:
         try:
             return function(p, t, device, index, triton.__version__)
         except Again:  # nothing is lost: what has been written is written again
-            continue
+            forget()
 
 
 class _on:

@@ -8,7 +8,7 @@ from flash_attn._engines.triton import configs
 from flash_attn._engines.triton.kernels.append import append_kernel
 from flash_attn._engines.triton.kernels.combine import combine_kernel
 from flash_attn._engines.triton.kernels.forward import forward_kernel
-from flash_attn._engines.triton.launch import Kernel
+from flash_attn._engines.triton.launch import Call, Calls, Kernel, layout
 
 FORWARD = Kernel(forward_kernel, ("q", "k", "v", "out"))
 COMBINE = Kernel(combine_kernel, ())
@@ -129,21 +129,56 @@ class Plan:
             self.block = min(self.block, max(self.heads, 1))
 
 
+_calls = Calls()
+
+
 def run_forward(p, t, device, index, version) -> None:
     if p.seqlen_new or p.max_new:
-        append(p, t, index, version)
+        append(p, t, index)
+    q, k, v, out, lse = t.q, t.k, t.v, t.out, t.lse
+    packed_q = t.cu_seqlens_q is not None
+    if packed_q and t.seqused_q is not None:  # rows of a sequence that are not in use may be more than max_seqlen_q
+        out.zero_()
+        if lse is not None:
+            lse.fill_(p.empty_lse)
+    optional = (
+        t.cu_seqlens_q, t.cu_seqlens_k, t.seqused_q, t.seqused_k, t.leftpad_k, t.cache_batch_idx, t.block_table,
+        t.cu_seqlens_new, t.alibi_slopes, t.bias, t.sink, t.rotary_cos, t.rotary_sin, t.rotary_positions,
+        t.dropout_state,
+    )  # fmt: skip
+    known = (
+        index, p.dtype, q.shape, q.stride(), k.shape, k.stride(), v.shape, v.stride(), out.stride(),
+        lse is not None and lse.stride(), (q.data_ptr() | k.data_ptr() | v.data_ptr() | out.data_ptr()) & 15,
+        p.scale, p.softcap, p.window_left, p.window_right, p.chunk, p.max_seqlen_q, p.max_seqlen_k, p.empty_lse, p.used_k,
+        p.drop_threshold, None if optional == _NOTHING else (layout(optional), p.rotary_interleaved),
+        None if not (p.seqlen_new or p.max_new) else (p.seqlen_new, p.rows_new, p.max_new),
+        precision(p), None if not p.drop_threshold or t.dropout_state is not None else (p.seed, p.offset),
+    )  # fmt: skip
+    calls = _calls.get(known)
+    if calls is None:
+        calls = _calls.add(known, prepare(p, t, optional, device, version))
+    call, parts, joining = calls
+    if parts == 1:
+        FORWARD(call, index, p.stream, (q, k, v, out, lse, None, None, *optional))
+        return
+    memory = p.batch_q * p.rows_q * p.nheads
+    out_parts = q.new_empty((parts, memory, p.headdim_v), dtype=torch.float32)
+    lse_parts = q.new_empty((parts, memory), dtype=torch.float32)
+    FORWARD(call, index, p.stream, (q, k, v, out, None, out_parts, lse_parts, *optional))
+    COMBINE(joining, index, p.stream, (out_parts, lse_parts, out, lse, t.sink))
+
+
+_NOTHING = (None,) * 15
+
+
+def prepare(p, t, optional, device, version) -> tuple[Call, int, Call | None]:
+    """-> the launch, in how many parts keys are taken, and the launch that joins them."""
     plan = Plan(p, device, version)
     tile = plan.tile
     packed_q = t.cu_seqlens_q is not None
     packed_k = t.cu_seqlens_k is not None and not p.page_size
-    if packed_q and t.seqused_q is not None:  # rows of a sequence that are not in use may be more than max_seqlen_q
-        t.out.zero_()
-        if t.lse is not None:
-            t.lse.fill_(p.empty_lse)
     programs = plan.tiles * plan.heads * plan.parts
     grid = programs + (-(-p.rows_q // tile.rows) if packed_q else 0)
-    if not grid:
-        return
 
     q, k, v, out, lse = t.q, t.k, t.v, t.out, t.lse
     q_b, q_r, q_h, q_c = strides(q, packed_q)
@@ -151,21 +186,13 @@ def run_forward(p, t, device, index, version) -> None:
     v_b, v_r, v_h, v_c = strides(v, packed_k)
     o_b, o_r, o_h, o_c = strides(out, packed_q)
     unit = 4 if p.dtype == "float32" else 8
-    if (
-        q_c == k_c == v_c == o_c == 1
-        and not (
-            q_b | q_r | q_h | k_b | k_r | k_h | v_b | v_r | v_h | o_b | o_r | o_h | p.headdim | p.headdim_v
-        ) % unit
-        and not (q.data_ptr() | k.data_ptr() | v.data_ptr() | out.data_ptr()) & 15
-    ):
-        aligned = True
-        q_b, q_r, q_h, o_b, o_r, o_h = q_b // unit, q_r // unit, q_h // unit, o_b // unit, o_r // unit, o_h // unit
-        k_b, k_r, k_h, v_b, v_r, v_h = k_b // unit, k_r // unit, k_h // unit, v_b // unit, v_r // unit, v_h // unit
-        q_c = k_c = v_c = o_c = None
-    else:
-        aligned, unit = False, 1
-        q_c, k_c, v_c, o_c = (None if c == 1 else c for c in (q_c, k_c, v_c, o_c))
-    wide = max(k_r, v_r, k_c or 1, v_c or 1) * unit >= 1 << 22
+    bits = q_b | q_r | q_h | k_b | k_r | k_h | v_b | v_r | v_h | o_b | o_r | o_h | p.headdim | p.headdim_v
+    addresses = q.data_ptr() | k.data_ptr() | v.data_ptr() | out.data_ptr()
+    aligned = q_c == k_c == v_c == o_c == 1 and not bits % unit and not addresses & 15
+    if not aligned:
+        unit = 1
+    cols = [None if c == 1 else c for c in (q_c, k_c, v_c, o_c)]
+    wide = max(k_r, v_r, k_c, v_c) >= 1 << 22
 
     lse_b = lse_h = 0
     lse_r = None
@@ -179,11 +206,6 @@ def run_forward(p, t, device, index, version) -> None:
         paged = 2 if p.page_size % tile.keys == 0 and t.leftpad_k is None else 1
     even = p.headdim == plan.columns and p.headdim_v == plan.columns_v
     split = plan.parts > 1
-    out_parts = lse_parts = None
-    if split:
-        memory = p.batch_q * p.rows_q * p.nheads
-        out_parts = q.new_empty((plan.parts, memory, p.headdim_v), dtype=torch.float32)
-        lse_parts = q.new_empty((plan.parts, memory), dtype=torch.float32)
     bias = bias_arguments(t.bias)
     alibi = alibi_arguments(t.alibi_slopes)
     sink_h = t.sink.stride(0) if t.sink is not None else None
@@ -191,65 +213,53 @@ def run_forward(p, t, device, index, version) -> None:
     if p.rotary_dim:
         advance = int(mask > 0)
         rotary = (*t.rotary_cos.stride(), *t.rotary_sin.stride(), t.rotary_cos.shape[0], p.rotary_dim // 2, advance)
-    threshold = seed = offset = None
+    threshold = p.drop_threshold or None
     seed = offset = 0
-    state = None
-    if p.drop_threshold:
-        threshold, state = p.drop_threshold, t.dropout_state
-        if state is None:
-            seed, offset = signed(p.seed), signed(p.offset)
+    if threshold and t.dropout_state is None:
+        seed, offset = signed(p.seed), signed(p.offset)
     new = (None,) * 3
     if p.seqlen_new or t.cu_seqlens_new is not None:
         new = (p.seqlen_new or None, p.rows_new, p.max_new)
-    optional = (
-        t.cu_seqlens_q, t.cu_seqlens_k, t.seqused_q, t.seqused_k, t.leftpad_k, t.cache_batch_idx, t.block_table,
-        t.cu_seqlens_new, t.alibi_slopes, t.bias, t.sink, t.rotary_cos, t.rotary_sin, t.rotary_positions, state,
-    )  # fmt: skip
     used = p.used_k if p.used_k >= 0 else None
-    numbers = (*alibi, *bias, sink_h, *rotary[:4], q_c, k_c, v_c, o_c, lse_r)
     constants = (
         tile.rows, tile.keys, plan.columns, plan.columns_v, even, unit, wide, mask, paged, plan.pack, split,
         p.rotary_interleaved if p.rotary_dim else False, sign, precision(p),
     )  # fmt: skip
     key = (
-        p.dtype, aligned, constants, presence(optional), lse is None, used is None, new[0] is None, p.softcap != 0,
+        p.dtype, presence(optional), split or lse is None, used is None, new[0] is None, plain, p.softcap != 0,
         threshold is None, None if t.bias is None else t.bias.dtype, None if t.sink is None else t.sink.dtype,
-        None if t.rotary_cos is None else (t.rotary_cos.dtype, t.rotary_sin.dtype),
-        q_c is None, k_c is None, v_c is None, o_c is None, widths(numbers), tile,
+        None if t.rotary_cos is None else (t.rotary_cos.dtype, t.rotary_sin.dtype), presence(cols), lse_r is None,
+        widths((*alibi, *bias, sink_h, *rotary[:4], *cols, lse_r)),
     )  # fmt: skip
-    arguments = (
-        q, k, v, out, None if split else lse, out_parts, lse_parts, *optional,
-        q_b, q_r, q_h, k_b, k_r, k_h, v_b, v_r, v_h, o_b, o_r, o_h, lse_b, lse_h, q_c, k_c, v_c, o_c, lse_r,
+    numbers = (
+        *(x // unit for x in (q_b, q_r, q_h, k_b, k_r, k_h, v_b, v_r, v_h, o_b, o_r, o_h)), lse_b, lse_h, *cols, lse_r,
         plan.heads, p.nheads, p.group, plan.tiles, plan.block, p.rows_q, p.rows_k, p.seqlen_k,
         p.headdim // unit, p.headdim_v // unit, p.batch_k, used, *new, p.page_size or None,
         t.block_table.stride(0) if paged else None, left, right, chunk, plan.parts if split else None,
         programs if packed_q else None, *alibi, *bias, sink_h, *rotary, threshold, seed, offset,
         factor, scale, p.softcap or None, p.drop_scale if threshold else None, p.empty_lse,
     )  # fmt: skip
-    FORWARD(key, aligned, grid, index, p.stream, arguments, constants, tile.warps, tile.stages, plan.choice)
-    if split:
-        combine(p, t, plan, out_parts, lse_parts, index, lse_b, lse_h, lse_r, sink_h)
-
-
-def combine(p, t, plan, out_parts, lse_parts, index, lse_b, lse_h, lse_r, sink_h) -> None:
+    call = Call(grid, numbers, constants, key, aligned, tile[2:], plan.choice)
+    if not split:
+        return call, 1, None
     memory = p.batch_q * p.rows_q * p.nheads
-    *o, o_c = strides(t.out, t.cu_seqlens_q is not None)
-    o_c = None if o_c == 1 else o_c
-    constants = (plan.columns_v, MOST_PARTS)
-    sink_type = None if t.sink is None else t.sink.dtype
-    key = (p.dtype, constants, t.lse is None, sink_type, o_c is None, widths((o_c, lse_r, sink_h)))
-    arguments = (
-        out_parts, lse_parts, t.out, t.lse, t.sink, *o, lse_b, lse_h, o_c, lse_r,
-        memory, p.rows_q, p.nheads, p.headdim_v, plan.parts, sink_h, p.empty_lse,
+    numbers = (
+        o_b, o_r, o_h, lse_b, lse_h, cols[3], lse_r, memory, p.rows_q, p.nheads, p.headdim_v, plan.parts, sink_h,
+        p.empty_lse,
     )  # fmt: skip
-    COMBINE(key, False, memory, index, p.stream, arguments, constants, 4 if plan.columns_v <= 128 else 8, 1)
+    constants = (plan.columns_v, MOST_PARTS)
+    key = (
+        p.dtype, lse is None, None if t.sink is None else t.sink.dtype, cols[3] is None, lse_r is None,
+        widths((cols[3], lse_r, sink_h)),
+    )  # fmt: skip
+    return call, plan.parts, Call(memory, numbers, constants, key, False, (4 if plan.columns_v <= 128 else 8, 1))
 
 
 def signed(x: int) -> int:
     return x - (1 << 64) if x >= 1 << 63 else x
 
 
-def append(p, t, index, version) -> None:
+def append(p, t, index) -> None:
     new = p.max_new or p.seqlen_new
     if not (new and p.batch and p.rows_new):
         return
@@ -274,16 +284,12 @@ def append(p, t, index, version) -> None:
         p.rotary_interleaved if p.rotary_dim else False,
     )  # fmt: skip
     rotary_types = (t.rotary_cos.dtype, t.rotary_sin.dtype) if p.rotary_dim else None
-    key = (
-        p.dtype, constants, presence(optional), presence(cols), used is None, rotary_types,
-        widths((*cols, *rotary[:4])),
-    )  # fmt: skip
-    arguments = (
-        t.k, t.v, t.new_k, t.new_v, *optional, *k, *v, *nk, *nv, *cols,
+    key = (p.dtype, presence(optional), presence(cols), used is None, rotary_types, widths((*cols, *rotary[:4])))
+    numbers = (
+        *k, *v, *nk, *nv, *cols,
         p.nheads_k, tiles, p.headdim, p.headdim_v, p.batch_k, p.seqlen_k, used,
         None if packed else p.seqlen_new, p.rows_new, new, p.page_size or None,
         t.block_table.stride(0) if p.page_size else None, *rotary,
     )  # fmt: skip
-    APPEND(key, False, p.batch * tiles * p.nheads_k, index, p.stream, arguments, constants, 4, 1)
-
-
+    call = Call(p.batch * tiles * p.nheads_k, numbers, constants, key, False, (4, 1))
+    APPEND(call, index, p.stream, (t.k, t.v, t.new_k, t.new_v, *optional))

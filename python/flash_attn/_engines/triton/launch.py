@@ -25,6 +25,19 @@ class Again(Exception):
     """A tile was too large, and a smaller one has taken its place: plan and launch once more."""
 
 
+class Call:
+    """One launch but for its tensors: what follows from shapes, strides and numbers, and is kept from call to call."""
+
+    __slots__ = ("aligned", "choice", "compiled", "constants", "key", "numbers", "programs", "stages", "warps")
+
+    def __init__(self, programs: int, numbers: tuple, constants: tuple, key, aligned: bool, tile, choice=None):
+        """`numbers`: arguments behind the tensors; `constants`: the constexprs, which come last; `choice`: of the tile."""
+        self.programs, self.numbers, self.constants = programs, numbers, constants
+        self.key, self.aligned, self.choice = key, aligned, choice
+        self.warps, self.stages = tile
+        self.compiled = None
+
+
 class Kernel:
     """A Triton function, and its compiled forms. `aligned`: names of the pointers whose alignment the key tells."""
 
@@ -37,7 +50,6 @@ class Kernel:
         self.names = names
         pointers = runtime[: next(i for i, n in enumerate(runtime) if n.endswith("_b") or n == "batch")]
         rest = runtime[len(pointers) :]
-        self.pointers = pointers
         self._aligned = triton.jit(
             function,
             do_not_specialize=rest,
@@ -49,21 +61,52 @@ class Kernel:
     def jit(self, is_aligned: bool):
         return self._aligned if is_aligned else self._unaligned
 
-    def __call__(self, key, is_aligned: bool, programs: int, device, stream: int, arguments, constants, warps, stages,
-                 choice=None):  # fmt: skip
-        """`constants`: the constexprs, in the order of the signature, where they come last. `choice`: of the tile."""
-        compiled = self._compiled.get((key, device))
+    def __call__(self, call: Call, device: int, stream: int, tensors: tuple) -> None:
+        compiled = call.compiled
         if compiled is not None:
             compiled.run(
-                programs, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None,
-                *arguments, *constants,
+                call.programs, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None,
+                *tensors, *call.numbers, *call.constants,
             )  # fmt: skip
-            return
+        elif call.programs:
+            self._first(call, device, stream, tensors)
+
+    def _first(self, call: Call, device: int, stream: int, tensors: tuple) -> None:
+        compiled = self._compiled.get((call.key, call.constants, call.warps, call.stages, call.aligned, device))
+        if compiled is not None:
+            call.compiled = compiled
+            return self(call, device, stream, tensors)
+        arguments = (*tensors, *call.numbers, *call.constants)
         try:
-            compiled = self.jit(is_aligned)[(programs,)](*arguments, *constants, num_warps=warps, num_stages=stages)
+            compiled = self.jit(call.aligned)[(call.programs,)](
+                *arguments, num_warps=call.warps, num_stages=call.stages
+            )
         except _TOO_LARGE as error:
-            if choice is None or not configs.try_smaller(choice):
+            if call.choice is None or not configs.try_smaller(call.choice):
                 raise
             raise Again from error
         if _DIRECT and hasattr(compiled, "packed_metadata"):
-            self._compiled[key, device] = compiled
+            self._compiled[call.key, call.constants, call.warps, call.stages, call.aligned, device] = compiled
+            call.compiled = compiled
+
+
+class Calls:
+    """Calls by what they follow from; forgets all when there are many, as a length in the key may grow with every step."""
+
+    def __init__(self, most: int = 4096):
+        self._most, self._calls = most, {}
+        self.get = self._calls.get
+
+    def add(self, key, calls):
+        if len(self._calls) >= self._most:
+            self._calls.clear()
+        self._calls[key] = calls
+        return calls
+
+    def clear(self) -> None:
+        self._calls.clear()
+
+
+def layout(tensors) -> tuple:
+    """For the key of Calls: shapes, strides and dtypes of optional tensors."""
+    return tuple(None if x is None else (x.shape, x.stride(), x.dtype) for x in tensors)
