@@ -136,7 +136,7 @@ def prepare(p, t, optional, tensors, addresses, device, version) -> tuple:
         programs if packed_q else None, *tail,
     )  # fmt: skip
     grid = programs + (-(-p.rows_q // tile.rows) if packed_q else 0)
-    dq_call = Call(grid, numbers, (*constants_of(tile), exact), key, aligned, tile[2:], choice)
+    dq_call = Call(grid, numbers, (*constants_of(tile), exact, 4 - 2 * tile.loops), key, aligned, tile[2:4], choice)
 
     dkdv_calls = []
     for which, name in ((1, "dk"), (2, "dv")) if widest >= 256 and itemsize == 2 else ((0, "dkdv"),):
@@ -149,8 +149,8 @@ def prepare(p, t, optional, tensors, addresses, device, version) -> tuple:
             programs if packed_k else None, *tail,
         )  # fmt: skip
         grid = programs + (-(-p.rows_k // tile.keys) if packed_k else 0)
-        constants = (*constants_of(tile), exact, which)
-        dkdv_calls.append(Call(grid, numbers, constants, key, aligned, tile[2:], choice))
+        constants = (*constants_of(tile), exact, 4 - 2 * tile.loops, which)
+        dkdv_calls.append(Call(grid, numbers, constants, key, aligned, tile[2:4], choice))
 
     dbias_call = dsink_call = None
     if t.dbias is not None:
@@ -163,7 +163,7 @@ def prepare(p, t, optional, tensors, addresses, device, version) -> tuple:
             p.batch, p.nheads, p.group, tiles_r, tiles_c, *shape, *sizes, *tail,
         )  # fmt: skip
         grid = tiles_r * tiles_c * shape[0] * shape[1]
-        dbias_call = Call(grid, numbers, (*constants_of(tile), alike, exact), key, aligned, tile[2:], choice)
+        dbias_call = Call(grid, numbers, (*constants_of(tile), alike, exact), key, aligned, tile[2:4], choice)
     if t.dsink is not None:
         numbers = (p.batch_q, p.nheads, p.rows_q, t.sink.stride(0), t.dsink.stride(0))
         dsink_call = Call(p.nheads, numbers, (1024,), t.sink.dtype, False, (4, 1))

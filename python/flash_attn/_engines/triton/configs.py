@@ -20,6 +20,7 @@ class Tile(NamedTuple):
     keys: int
     warps: int
     stages: int
+    loops: int = 2  # 2: one without a mask and one for the edges; 1: one for all tiles, quicker where there are few
 
 
 class Choice(NamedTuple):
@@ -61,7 +62,7 @@ def _table(arch: str, version: str) -> tuple[dict, str]:
     file = next((f for f in files if f.stem.endswith(f"-{minor}")), files[-1])
     table = {}
     for entry in json.loads(file.read_text())["tiles"]:
-        tile = Tile(entry["rows"], entry["keys"], entry["warps"], entry["stages"])
+        tile = Tile(entry["rows"], entry["keys"], entry["warps"], entry["stages"], entry.get("loops", 2))
         for masked in (entry["masked"],) if "masked" in entry else (False, True):
             table[entry["pass"], entry["columns"], masked] = tile
     return table, file.stem

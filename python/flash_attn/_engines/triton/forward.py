@@ -223,7 +223,7 @@ def prepare(p, t, optional, device, version) -> tuple[Call, int, Call | None]:
     used = p.used_k if p.used_k >= 0 else None
     constants = (
         tile.rows, tile.keys, plan.columns, plan.columns_v, even, unit, wide, mask, paged, plan.pack, split,
-        p.rotary_interleaved if p.rotary_dim else False, sign, precision(p),
+        p.rotary_interleaved if p.rotary_dim else False, sign, precision(p), 4 - 2 * tile.loops,
     )  # fmt: skip
     key = (
         p.dtype, presence(optional), split or lse is None, used is None, new[0] is None, plain, p.softcap != 0,
@@ -239,7 +239,7 @@ def prepare(p, t, optional, device, version) -> tuple[Call, int, Call | None]:
         programs if packed_q else None, *alibi, *bias, sink_h, *rotary, threshold, seed, offset,
         factor, scale, p.softcap or None, p.drop_scale if threshold else None, p.empty_lse,
     )  # fmt: skip
-    call = Call(grid, numbers, constants, key, aligned, tile[2:], plan.choice)
+    call = Call(grid, numbers, constants, key, aligned, tile[2:4], plan.choice)
     if not split:
         return call, 1, None
     memory = p.batch_q * p.rows_q * p.nheads

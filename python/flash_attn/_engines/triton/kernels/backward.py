@@ -14,7 +14,7 @@ import triton.language as tl
 
 from .dropout import kept, kept_one, seed_of
 from .forward import any_nan, never
-from .gradients import row_statistics, score_gradients
+from .gradients import probabilities, row_statistics, score_gradients
 from .mask import is_near, key_tiles, row_interval, row_tiles, tile_at, tile_count
 from .sequences import clear_rows, is_outside, key_rows, load_tile, query_rows, tile_and_head, tile_offsets
 
@@ -56,7 +56,7 @@ def dkdv_kernel(
     factor: "fp32", scale: "fp32", softcap, drop_scale,
     ROWS: tl.constexpr, KEYS: tl.constexpr, COLS: tl.constexpr, COLS_V: tl.constexpr, EVEN: tl.constexpr,
     UNIT: tl.constexpr, WIDE: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
-    WHICH: tl.constexpr,
+    FIRST: tl.constexpr, WHICH: tl.constexpr,
 ):  # fmt: skip
     """heads = batch * nheads_k; factor, scale of q.k: of raw scores in base 2, and the softmax scale.
 
@@ -110,13 +110,13 @@ def dkdv_kernel(
         q_at = q + (q_batch.to(tl.int64) * q_b + h.to(tl.int64) * q_h) * UNIT
         do_at = dout + (q_batch.to(tl.int64) * do_b + h.to(tl.int64) * do_h) * UNIT
         stats = (q_batch.to(tl.int64) * nheads + h) * rows_q + q_first
-        for EDGE in tl.static_range(2):
+        for EDGE in tl.static_range(FIRST, FIRST // 2 + 2):
             for index in tl.range(0, tile_count(start, full, stop, end, ROWS, EDGE)):
                 m = tile_at(index, start, full, stop, ROWS, EDGE)
                 i = m + tl.arange(0, ROWS)
                 queries = load_tile(q_at, m, q_first, seqlen_q, None, None, None, q_b, q_r, q_c, headdim,
-                                    ROWS, COLS, EVEN, EDGE, 0, UNIT, WIDE)  # fmt: skip
-                if EDGE:
+                                    ROWS, COLS, EVEN, EDGE > 0, 0, UNIT, WIDE)  # fmt: skip
+                if EDGE > 0:
                     l2 = tl.load(lse2 + stats + i, mask=i < seqlen_q, other=float("inf"))
                     d = tl.load(delta + stats + i, mask=i < seqlen_q, other=0.0)
                 else:
@@ -124,24 +124,25 @@ def dkdv_kernel(
                     d = tl.load(delta + stats + i)
                 s = tl.dot(keys, tl.trans(queries), input_precision=PRECISION)
                 grads = load_tile(do_at, m, q_first, seqlen_q, None, None, None, do_b, do_r, do_c, headdim_v,
-                                  ROWS, COLS_V, EVEN, EDGE, 0, UNIT, WIDE)  # fmt: skip
+                                  ROWS, COLS_V, EVEN, EDGE > 0, 0, UNIT, WIDE)  # fmt: skip
                 dp = s
                 if WHICH != 2:
                     dp = tl.dot(values, tl.trans(grads), input_precision=PRECISION)
                 position = i + count - seqlen_q
-                visible = None
-                if EDGE and MASK > 0:
-                    visible = is_near(j[:, None], position[None, :], left, right, chunk, MASK)
+                p, t = probabilities(
+                    s, l2[None, :], i[None, :], j[:, None], position[None, :], h, b, seqlen_q, count, factor, scale, softcap,
+                    alibi, alibi_b, alibi_h, bias, bias_b, bias_h, bias_r, bias_c, bias_rows, bias_keys, PRECISION == "ieee",
+                )  # fmt: skip
+                if MASK > 0 and EDGE == 1:
+                    p = tl.where(is_near(j[:, None], position[None, :], left, right, chunk, MASK), p, 0.0)
+                elif MASK > 0 and EDGE == 2:
+                    if (m < full) | (m >= stop):
+                        p = tl.where(is_near(j[:, None], position[None, :], left, right, chunk, MASK), p, 0.0)
                 stays = None
                 if threshold is not None:
                     plane = tl.zeros((ROWS,), tl.int32) + (b * nheads + h)
                     stays = tl.trans(kept(i, n, plane, k0, k1, last, threshold, ROWS, KEYS).to(tl.int8)) != 0
-                p, du, ds = score_gradients(
-                    s, dp, l2[None, :], d[None, :], i[None, :], j[:, None], position[None, :], h, b, seqlen_q, count,
-                    factor, scale, softcap, alibi, alibi_b, alibi_h,
-                    bias, bias_b, bias_h, bias_r, bias_c, bias_rows, bias_keys, visible, stays, drop_scale,
-                    PRECISION == "ieee",
-                )  # fmt: skip
+                p, du, ds = score_gradients(p, t, dp, d[None, :], softcap, stays, drop_scale)
                 if WHICH != 1:
                     acc_v = tl.dot(p.to(grads.dtype), grads, acc_v, input_precision=PRECISION)
                 if WHICH != 2:
@@ -177,18 +178,17 @@ def dkdv_kernel(
                     values = load_rows(v_at, k_first, j + hidden, known, v_r, v_c, headdim_v, COLS_V, EVEN, UNIT)
                     dp = tl.sum(values.to(tl.float32) * grads.to(tl.float32), 1)[:, None]
                 i = m + tl.zeros((1, 1), tl.int32)
+                p, t = probabilities(
+                    s, tl.load(lse2 + stats + m), i, j[:, None], i + count - seqlen_q, h, b, seqlen_q, count, factor, scale, softcap,
+                    alibi, alibi_b, alibi_h, bias, bias_b, bias_h, bias_r, bias_c, bias_rows, bias_keys, PRECISION == "ieee",
+                )  # fmt: skip
                 visible = is_near(j[:, None], i + count - seqlen_q, left, right, chunk, MASK)
                 stays = None
                 if threshold is not None:
                     rows_here = m + tl.zeros((1,), tl.int32)
                     plane = rows_here * 0 + (b * nheads + h)
                     stays = tl.trans(kept(rows_here, n, plane, k0, k1, last, threshold, 1, KEYS).to(tl.int8)) != 0
-                p, du, ds = score_gradients(
-                    s, dp, tl.load(lse2 + stats + m), tl.load(delta + stats + m), i, j[:, None], i + count - seqlen_q,
-                    h, b, seqlen_q, count, factor, scale, softcap, alibi, alibi_b, alibi_h,
-                    bias, bias_b, bias_h, bias_r, bias_c, bias_rows, bias_keys, visible, stays, drop_scale,
-                    PRECISION == "ieee",
-                )  # fmt: skip
+                p, du, ds = score_gradients(p, t, dp, tl.load(delta + stats + m), softcap, stays, drop_scale)
                 if WHICH != 1:
                     acc_v += tl.where(visible, p * grads.to(tl.float32), 0.0)
                 if WHICH != 2:
@@ -214,6 +214,7 @@ def dq_kernel(
     factor: "fp32", scale: "fp32", softcap, drop_scale,
     ROWS: tl.constexpr, KEYS: tl.constexpr, COLS: tl.constexpr, COLS_V: tl.constexpr, EVEN: tl.constexpr,
     UNIT: tl.constexpr, WIDE: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
+    FIRST: tl.constexpr,
 ):  # fmt: skip
     """heads = batch * nheads; lse2, delta: fp32 (batch_q, nheads, rows_q), written here; the rest as in dkdv_kernel."""
     headdim *= UNIT
@@ -277,28 +278,29 @@ def dq_kernel(
         k0, k1, last = seed_of(state, seed, offset)
 
     acc = tl.zeros((ROWS, COLS), tl.float32)
-    for EDGE in tl.static_range(2):
+    for EDGE in tl.static_range(FIRST, FIRST // 2 + 2):
         for index in tl.range(0, tile_count(start, full, stop, end, KEYS, EDGE)):
             n = tile_at(index, start, full, stop, KEYS, EDGE)
             keys = load_tile(k_at, n, k_first, count, None, None, None, k_b, k_r, k_c, headdim,
-                             KEYS, COLS, EVEN, EDGE, 0, UNIT, WIDE)  # fmt: skip
+                             KEYS, COLS, EVEN, EDGE > 0, 0, UNIT, WIDE)  # fmt: skip
             values = load_tile(v_at, n, k_first, count, None, None, None, v_b, v_r, v_c, headdim_v,
-                               KEYS, COLS_V, EVEN, EDGE, 0, UNIT, WIDE)  # fmt: skip
+                               KEYS, COLS_V, EVEN, EDGE > 0, 0, UNIT, WIDE)  # fmt: skip
             s = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
             dp = tl.dot(grads, tl.trans(values), input_precision=PRECISION)
             j = n + tl.arange(0, KEYS)
-            visible = None
-            if EDGE:
-                visible = (j[None, :] >= lo[:, None]) & (j[None, :] < hi[:, None])
+            p, t = probabilities(
+                s, l2[:, None], i[:, None], j[None, :], position[:, None], h, b, seqlen_q, count, factor, scale, softcap,
+                alibi, alibi_b, alibi_h, bias, bias_b, bias_h, bias_r, bias_c, bias_rows, bias_keys, PRECISION == "ieee",
+            )  # fmt: skip
+            if EDGE == 1:
+                p = tl.where((j[None, :] >= lo[:, None]) & (j[None, :] < hi[:, None]), p, 0.0)
+            elif EDGE == 2:
+                if (n < full) | (n >= stop):
+                    p = tl.where((j[None, :] >= lo[:, None]) & (j[None, :] < hi[:, None]), p, 0.0)
             stays = None
             if threshold is not None:
                 stays = kept(i, n, plane, k0, k1, last, threshold, ROWS, KEYS)
-            p, du, ds = score_gradients(
-                s, dp, l2[:, None], d[:, None], i[:, None], j[None, :], position[:, None], h, b, seqlen_q, count,
-                factor, scale, softcap, alibi, alibi_b, alibi_h,
-                bias, bias_b, bias_h, bias_r, bias_c, bias_rows, bias_keys, visible, stays, drop_scale,
-                PRECISION == "ieee",
-            )  # fmt: skip
+            p, du, ds = score_gradients(p, t, dp, d[:, None], softcap, stays, drop_scale)
             acc = tl.dot(du.to(keys.dtype), keys, acc, input_precision=PRECISION)
 
     if MASK > 0:  # a NaN in acc: once more, key by key, as in forward_kernel
@@ -315,16 +317,15 @@ def dq_kernel(
                 s = tl.sum(queries.to(tl.float32) * keys.to(tl.float32), 1)[:, None]
                 dp = tl.sum(grads.to(tl.float32) * values.to(tl.float32), 1)[:, None]
                 j = n + tl.zeros((1, 1), tl.int32)
+                p, t = probabilities(
+                    s, l2[:, None], i[:, None], j, position[:, None], h, b, seqlen_q, count, factor, scale, softcap,
+                    alibi, alibi_b, alibi_h, bias, bias_b, bias_h, bias_r, bias_c, bias_rows, bias_keys, PRECISION == "ieee",
+                )  # fmt: skip
                 visible = (j >= lo[:, None]) & (j < hi[:, None])
                 stays = None
                 if threshold is not None:
                     stays = kept_one(i, n, plane, k0, k1, last, threshold, ROWS)
-                p, du, ds = score_gradients(
-                    s, dp, l2[:, None], d[:, None], i[:, None], j, position[:, None], h, b, seqlen_q, count,
-                    factor, scale, softcap, alibi, alibi_b, alibi_h,
-                    bias, bias_b, bias_h, bias_r, bias_c, bias_rows, bias_keys, visible, stays, drop_scale,
-                    PRECISION == "ieee",
-                )  # fmt: skip
+                p, du, ds = score_gradients(p, t, dp, d[:, None], softcap, stays, drop_scale)
                 acc += tl.where(visible, du * keys.to(tl.float32), 0.0)
     to = dq + (q_batch.to(tl.int64) * dq_b + h.to(tl.int64) * dq_h) * UNIT
     store_tile(to, q_first + i, known, dq_r, dq_c, headdim, acc * scale, COLS, UNIT)

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from .dropout import kept, seed_of
-from .gradients import score_gradients
+from .gradients import probabilities, score_gradients
 from .mask import row_interval
 from .sequences import key_rows, load_tile, query_rows
 
@@ -75,18 +75,17 @@ def dbias_kernel(
                     d = tl.load(delta + stats + i, mask=i < seqlen_q, other=0.0)
                     s = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
                     dp = tl.dot(grads, tl.trans(values), input_precision=PRECISION)
-                    stays = None
-                    if threshold is not None:
-                        plane = i * 0 + (b * nheads + h)
-                        stays = kept(i, n, plane, k0, k1, last, threshold, ROWS, KEYS)
+                    p, t = probabilities(
+                        s, l2[:, None], i[:, None], j[None, :], position[:, None], h, b, seqlen_q, count, factor, scale, softcap,
+                        alibi, alibi_b, alibi_h, bias, bias_b, bias_h, bias_r, bias_c, bias_rows, bias_keys, PRECISION == "ieee",
+                    )  # fmt: skip
                     lo, hi = row_interval(position, count, left, right, chunk, MASK)
                     visible = (j[None, :] >= lo[:, None]) & (j[None, :] < hi[:, None])
-                    p, du, ds = score_gradients(
-                        s, dp, l2[:, None], d[:, None], i[:, None], j[None, :], position[:, None], h, b, seqlen_q, count,
-                        factor, scale, softcap, alibi, alibi_b, alibi_h,
-                        bias, bias_b, bias_h, bias_r, bias_c, bias_rows, bias_keys, visible, stays, drop_scale,
-                        PRECISION == "ieee",
-                    )  # fmt: skip
+                    p = tl.where(visible, p, 0.0)
+                    stays = None
+                    if threshold is not None:
+                        stays = kept(i, n, i * 0 + (b * nheads + h), k0, k1, last, threshold, ROWS, KEYS)
+                    p, du, ds = score_gradients(p, t, dp, d[:, None], softcap, stays, drop_scale)
                     acc += tl.where(visible, ds, 0.0)
     to = dbias + bias_batch.to(tl.int64) * db_b + bias_head.to(tl.int64) * db_h + j.to(tl.int64)[None, :] * db_c
     if ROWS_ALIKE:

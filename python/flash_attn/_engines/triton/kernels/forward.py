@@ -81,10 +81,12 @@ def forward_kernel(
     ROWS: tl.constexpr, KEYS: tl.constexpr, COLS: tl.constexpr, COLS_V: tl.constexpr, EVEN: tl.constexpr,
     UNIT: tl.constexpr, WIDE: tl.constexpr, MASK: tl.constexpr, PAGED: tl.constexpr, PACK: tl.constexpr,
     SPLIT: tl.constexpr, INTERLEAVED: tl.constexpr, SIGN: tl.constexpr, PRECISION: tl.constexpr,
+    FIRST: tl.constexpr,
 ):  # fmt: skip
     """q (batch, row, head, col) and so on; lse (batch, head, row); headdim in units; heads = batch * heads of the grid.
 
     factor: of raw scores in base 2, > 0. scale: of raw scores in the natural base; with softcap, ALiBi or bias, of q.k.
+    FIRST: 0, a loop over the interior and one over the edges; 2, one loop over all tiles.
     programs: of the grid, but for those that fill rows of no sequence.
     """
     headdim *= UNIT
@@ -200,11 +202,11 @@ def forward_kernel(
     m = tl.zeros((ROWS,), tl.float32) - 3.4028234663852886e38 / tl.maximum(power, 1.0)
     l = tl.zeros((ROWS,), tl.float32)
     acc = tl.zeros((ROWS, COLS_V), tl.float32)
-    for EDGE in tl.static_range(2):
+    for EDGE in tl.static_range(FIRST, FIRST // 2 + 2):
         for index in tl.range(0, tile_count(start, full, stop, end, KEYS, EDGE)):
             n = tile_at(index, start, full, stop, KEYS, EDGE)
             keys = load_tile(k_at, n, k_first, count, table, page_size, batch_k, k_b, k_r, k_c, headdim,
-                             KEYS, COLS, EVEN, EDGE, PAGED, UNIT, WIDE)  # fmt: skip
+                             KEYS, COLS, EVEN, EDGE > 0, PAGED, UNIT, WIDE)  # fmt: skip
             s = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
             j = n + tl.arange(0, KEYS)[None, :]
             if not PLAIN:
@@ -213,9 +215,11 @@ def forward_kernel(
                     alibi, alibi_b, alibi_h, bias, bias_b, bias_h, bias_r, bias_c, bias_rows, bias_keys,
                     PRECISION == "ieee",
                 )  # fmt: skip
-            if EDGE:
-                visible = (j >= lo[:, None]) & (j < hi[:, None])
-                s = tl.where(visible, s, float("-inf"))
+            if EDGE == 1:
+                s = tl.where((j >= lo[:, None]) & (j < hi[:, None]), s, float("-inf"))
+            elif EDGE == 2:
+                if (n < full) | (n >= stop):
+                    s = tl.where((j >= lo[:, None]) & (j < hi[:, None]), s, float("-inf"))
             m_new = tl.maximum(m, tl.max(s, 1))
             times = tl.where(tl.abs(m_new) < limit, factor, power)
             p = tl.exp2(tl.fma(s, times[:, None], -(m_new * times)[:, None]))
@@ -225,7 +229,7 @@ def forward_kernel(
             if threshold is not None:
                 p = tl.where(kept(i, n, plane, k0, k1, last, threshold, ROWS, KEYS), p, 0.0)
             values = load_tile(v_at, n, k_first, count, table, page_size, batch_k, v_b, v_r, v_c, headdim_v,
-                               KEYS, COLS_V, EVEN, EDGE, PAGED, UNIT, WIDE)  # fmt: skip
+                               KEYS, COLS_V, EVEN, EDGE > 0, PAGED, UNIT, WIDE)  # fmt: skip
             acc = tl.dot(p.to(values.dtype), values, acc, input_precision=PRECISION)
             m = m_new
 

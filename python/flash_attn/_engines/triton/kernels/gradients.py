@@ -24,27 +24,27 @@ def row_statistics(out, dout, lse, dlse):
 
 
 @triton.jit
-def score_gradients(
-    dots, dots_v, l2, d, i, j, position, h, b, seqlen_q, seqlen_k, factor, scale, softcap,
-    alibi, alibi_b, alibi_h, bias, bias_b, bias_h, bias_r, bias_c, bias_rows, bias_keys,
-    visible, stays, drop_scale, EXACT: tl.constexpr,
+def probabilities(
+    dots, l2, i, j, position, h, b, seqlen_q, seqlen_k, factor, scale, softcap, alibi, alibi_b, alibi_h,
+    bias, bias_b, bias_h, bias_r, bias_c, bias_rows, bias_keys, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """dots = q.k and dots_v = dout.v of a tile of rows and keys, or of its transpose.
+    """dots = q.k of a tile of rows and keys, or of its transpose -> P, not masked, and tanh where there is a softcap.
 
-    -> Z P, dU, dS. l2, d, i, position broadcast along keys, j along rows. visible, stays: what the mask shows and what
-    dropout keeps, of the tile; or None.
+    l2, i, position broadcast along keys, j along rows.
     """
-    PLAIN: tl.constexpr = softcap is None and alibi is None and bias is None
     raw = dots
-    if not PLAIN:
+    t = dots
+    if softcap is not None or alibi is not None or bias is not None:
         raw, t = natural_scores(
             dots, i, j, position, h, b, seqlen_q, seqlen_k, scale, softcap, alibi, alibi_b, alibi_h,
             bias, bias_b, bias_h, bias_r, bias_c, bias_rows, bias_keys, EXACT,
         )  # fmt: skip
-    p = tl.exp2(tl.fma(raw, factor, -l2))
-    if visible is not None:
-        p = tl.where(visible, p, 0.0)
-    dp = dots_v
+    return tl.exp2(tl.fma(raw, factor, -l2)), t
+
+
+@triton.jit
+def score_gradients(p, t, dp, d, softcap, stays, drop_scale):
+    """P (masked), tanh, dout . v and delta -> Z P, dU, dS. stays: what dropout keeps, or None."""
     weights = p
     if stays is not None:
         weights = tl.where(stays, p * drop_scale, 0.0)

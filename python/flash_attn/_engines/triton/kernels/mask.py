@@ -91,17 +91,21 @@ def row_tiles(n_first, n_last, seqlen_q, seqlen_k, left, right, chunk, MASK: tl.
 
 @triton.jit
 def tile_at(index, start, full, stop, TILE: tl.constexpr, EDGE: tl.constexpr):
-    """The index-th tile of the interior [full, stop), or of the edges before and behind it."""
-    if EDGE:
+    """The index-th tile. EDGE 0: of the interior [full, stop); 1: of the edges before and behind it; 2: of all."""
+    if EDGE == 0:
+        return full + index * TILE
+    elif EDGE == 1:
         left = (full - start) // TILE
         return tl.where(index < left, start + index * TILE, stop + (index - left) * TILE)
     else:
-        return full + index * TILE
+        return start + index * TILE
 
 
 @triton.jit
 def tile_count(start, full, stop, end, TILE: tl.constexpr, EDGE: tl.constexpr):
-    if EDGE:
+    if EDGE == 0:
+        return (stop - full) // TILE
+    elif EDGE == 1:
         return (full - start + end - stop) // TILE
     else:
-        return (stop - full) // TILE
+        return (end - start) // TILE
