@@ -17,7 +17,7 @@ import triton.runtime.interpreter as interpreter
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from flash_attn._engines.triton import TritonEngine  # noqa: E402
-from support import engine_cases, exact, problem  # noqa: E402
+from support import engine_cases, engine_problem, exact  # noqa: E402
 
 warnings.filterwarnings("ignore")  # of 0 / 0 and log(0) in numpy, where the kernels mean them
 ENGINE = TritonEngine()
@@ -47,7 +47,7 @@ def difference(x, ref) -> float:
 
 
 def forward(x, options, report):
-    p, t = problem.make(*x, **options)
+    p, t = engine_problem.make(*x, **options)
     if t.new_k is not None:
         other = copy.copy(t)
         other.k, other.v = t.k.clone(), t.v.clone()
@@ -68,7 +68,7 @@ def backward(x, options, report):
     g = torch.Generator().manual_seed(5)
     dout = torch.randn(t.out.shape, generator=g).to(t.out.dtype)
     dlse = torch.randn(t.lse.shape, generator=g)
-    p, t = problem.make_backward(p, t, dout, dlse)
+    p, t = engine_problem.make_backward(p, t, dout, dlse)
     ENGINE.backward(p, t)
     for name, gradient in exact.backward(p, t, dout, dlse).items():
         report("d" + name, getattr(t, "d" + name), gradient)
@@ -82,7 +82,7 @@ def nan(m, report):
             dout = m.randn(*q.shape)
             clean = run_all(q, k, v, dout, options)
             {"k": k, "v": v, "dout": dout}[what][0, 21] = float("nan")
-            p, t = problem.make(q, k, v, **options)
+            p, t = engine_problem.make(q, k, v, **options)
             i, j = torch.arange(40)[:, None], torch.arange(40)[None]
             lo, hi = torch.zeros_like(i), torch.full_like(i, 40)
             if p.window_left >= 0:
@@ -106,9 +106,9 @@ def nan(m, report):
 
 
 def run_all(q, k, v, dout, options):
-    p, t = problem.make(q, k, v, **options)
+    p, t = engine_problem.make(q, k, v, **options)
     ENGINE.forward(p, t)
-    p, t = problem.make_backward(p, t, dout)
+    p, t = engine_problem.make_backward(p, t, dout)
     ENGINE.backward(p, t)
     return [x[0, :, 0].clone() for x in (t.out, t.dq, t.dk, t.dv)]
 
@@ -123,14 +123,14 @@ def huge(m, report):
     """Scores of 1e30, and of one row alone: the largest takes all, and nothing overflows."""
     q, k, v = m.qkv(1, 20, 30, 1, 1, 16)
     for scale in (1e30, 1e15, 3e7):
-        p, t = problem.make(q, k, v, causal=True, scale=scale)
+        p, t = engine_problem.make(q, k, v, causal=True, scale=scale)
         ENGINE.forward(p, t)
         out, lse = exact.forward(p, t)
         report(f"scale {scale} out", t.out, out)
         report(f"scale {scale} lse", t.lse / scale, lse / scale)
     bias = torch.full((1, 1, 20, 30), torch.finfo(torch.float32).min)
     bias[..., 10:, :] = 0
-    p, t = problem.make(q, k, v, bias=bias)
+    p, t = engine_problem.make(q, k, v, bias=bias)
     ENGINE.forward(p, t)
     report("lowest bias hides nothing", t.out.isfinite().double(), torch.ones_like(t.out, dtype=torch.float64))
     report("lowest bias weighs alike", t.out[0, :10, 0], v[0, :, 0].double().mean(0).expand(10, -1))

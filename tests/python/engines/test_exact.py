@@ -5,7 +5,7 @@ from __future__ import annotations
 import flash_attn
 import pytest
 import torch
-from support import engine_cases, exact, problem
+from support import engine_cases, engine_problem, exact
 
 OPTIONS = {"causal": "causal", "window": "window_size", "softcap": "softcap", "scale": "softmax_scale",
            "alibi_slopes": "alibi_slopes", "bias": "attn_bias", "sink": "learnable_sink"}  # fmt: skip
@@ -19,7 +19,7 @@ CASES = {
 @pytest.mark.parametrize("name", [n for n in CASES if "wild" not in n])
 def test_oracle(name):
     (q, k, v), options = CASES[name]
-    p, t = problem.make(q, k, v, **options)
+    p, t = engine_problem.make(q, k, v, **options)
     kwargs = {OPTIONS[n]: x for n, x in options.items() if n in OPTIONS}
     leaves = {n: getattr(t, n).detach().clone().requires_grad_() for n in "qkv"}
     for n in ("bias", "sink"):

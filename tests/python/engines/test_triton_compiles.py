@@ -15,7 +15,7 @@ triton = pytest.importorskip("triton", reason="triton is not installed")
 if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
     pytest.skip("Triton's interpreter compiles nothing", allow_module_level=True)
 
-from support import engine_cases, problem  # noqa: E402
+from support import engine_cases, engine_problem  # noqa: E402
 from support.ahead_of_time import compile_problem  # noqa: E402
 
 FULL = os.environ.get("FLASH_ATTN_FULL", "0") not in ("", "0")
@@ -28,8 +28,8 @@ FEATURES = {"packed, wild", "pages of 5", "new keys, rotary interleaved", "many 
 def problem_of(headdim: int, is_backward: bool, dtype=torch.bfloat16):
     q = torch.empty(2, 1024, 8, headdim, dtype=dtype)
     k = torch.empty(2, 1024, 4, headdim, dtype=dtype)
-    p, t = problem.make(q, k, k, causal=True, poison=False)
-    return problem.make_backward(p, t, torch.empty_like(t.out)) if is_backward else (p, t)
+    p, t = engine_problem.make(q, k, k, causal=True, poison=False)
+    return engine_problem.make_backward(p, t, torch.empty_like(t.out)) if is_backward else (p, t)
 
 
 def check(compiled, device):
@@ -59,12 +59,12 @@ def test_dtype(monkeypatch, dtype):
 def test_features(monkeypatch, cases):
     for name, x, options in getattr(engine_cases, cases)(engine_cases.Maker(torch.bfloat16)):
         if FULL or name in FEATURES:
-            p, t = problem.make(*x, poison=False, **options)
+            p, t = engine_problem.make(*x, poison=False, **options)
             if p.batch and p.rows_q:
                 check(*compile_problem(monkeypatch, "90", p, t))
                 if FULL and cases == "single_features":
                     dout = torch.empty_like(t.out)
-                    check(*compile_problem(monkeypatch, "90", *problem.make_backward(p, t, dout)))
+                    check(*compile_problem(monkeypatch, "90", *engine_problem.make_backward(p, t, dout)))
 
 
 def test_other_lengths_compile_nothing(monkeypatch):
@@ -72,7 +72,7 @@ def test_other_lengths_compile_nothing(monkeypatch):
     texts = set()
     for batch, seqlen, scale, window in ((2, 1024, None, (64, 0)), (1, 77, 0.3, (3, 5)), (5, 4096, 1.0, (-1, 0))):
         q = torch.empty(batch, seqlen, 2, 64, dtype=torch.bfloat16)
-        p, t = problem.make(q, q, q, window=window, scale=scale, poison=False)
+        p, t = engine_problem.make(q, q, q, window=window, scale=scale, poison=False)
         compiled, _ = compile_problem(monkeypatch, "80", p, t)
         texts.add(compiled[0][1].hash)
     assert len(texts) == 1
