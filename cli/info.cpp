@@ -41,8 +41,8 @@ void info(const JsonOption& json) {
   const auto named = [](const char* name) { return [name](const BackendInfo& b) { return b.name == name; }; };
   if (std::none_of(backend_list.begin(), backend_list.end(), named("cuda"))) {
     const char* machine = gpu.driver || !gpu.found.empty() ? "" : "; and no NVIDIA driver was found on this machine";
-    backend_list.push_back(
-        {"cuda", "native kernels for NVIDIA GPUs", fmt::format("this version has no CUDA kernels{}", machine)});
+    backend_list.push_back({"cuda", "native kernels for NVIDIA GPUs",
+                            fmt::format("this version has no CUDA kernels{}", machine), "nothing", "nothing"});
   }
 
   if (json.tables()) {
@@ -63,12 +63,14 @@ void info(const JsonOption& json) {
                      limits.affinity, limits.quota > 0 ? fmt::format("{:.3g}", limits.quota) : "none"));
     line("gpus", gpu_text(gpu));
     fmt::print("\n");
-    Table table({"backend", "state", "what it is"});
+    Table table({"backend", "state", "what it is", "forward serves", "backward serves"});
     for (const BackendInfo& b : backend_list) {
       const bool usable = b.unavailable.empty();
       table.add({b.name,
                  {usable ? "usable" : "missing: " + b.unavailable, usable ? Colour::green : Colour::yellow},
-                 b.description});
+                 b.description,
+                 b.forward,
+                 b.backward});
     }
     table.print();
   }
@@ -80,6 +82,8 @@ void info(const JsonOption& json) {
   for (const BackendInfo& b : backend_list) {
     backend_json.push_back(Json::object({{"name", b.name},
                                          {"description", b.description},
+                                         {"forward", b.forward},
+                                         {"backward", b.backward},
                                          {"usable", b.unavailable.empty()},
                                          {"unavailable", b.unavailable.empty() ? Json() : Json(b.unavailable)}}));
   }

@@ -6,9 +6,11 @@
 
 #include <cstdio>
 #include <exception>
+#include <new>
 
 #include "commands.hpp"
 #include "flash_attn/flash_attn.hpp"
+#include "options.hpp"
 
 int main(int argc, char** argv) {  // NOLINT(bugprone-exception-escape): only out of memory, before anything is done
   using namespace flash_attn;
@@ -16,7 +18,7 @@ int main(int argc, char** argv) {  // NOLINT(bugprone-exception-escape): only ou
   CLI::App app{"Exact attention on whatever hardware you have."};
   app.set_version_flag("--version", version());
   app.require_subcommand(1);
-  app.failure_message([](const CLI::App*, const CLI::Error& e) { return fmt::format("flash-attn: {}\n", e.what()); });
+  app.failure_message([&app](const CLI::App*, const CLI::Error& e) { return cli::words_for(app, e) + "\n"; });
   cli::add_info(app);
   cli::add_explain(app);
   cli::add_verify(app, exit_status);
@@ -25,6 +27,9 @@ int main(int argc, char** argv) {  // NOLINT(bugprone-exception-escape): only ou
     app.parse(argc, argv);
   } catch (const CLI::ParseError& e) {
     return app.exit(e) == 0 ? 0 : 2;
+  } catch (const std::bad_alloc&) {
+    fmt::print(stderr, "flash-attn: out of memory\n");
+    return 2;
   } catch (const std::exception& e) {
     std::fflush(stdout);
     fmt::print(stderr, "flash-attn: {}\n", e.what());

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <vector>
 
+#include "core/append.hpp"
 #include "core/dropout.hpp"
 #include "dtype.hpp"
 
@@ -238,9 +239,15 @@ class PlainBackend final : public Backend {
   std::string_view description() const override {
     return "the plain arithmetic of the input's dtype: verify's yardstick";
   }
-  std::string refuses(const Problem&) const override { return {}; }
+  std::span<const int32_t> devices() const override { return kHostMemory; }
+  const Serves* serves(Pass) const override { return &kServesAll; }
   bool automatic() const override { return false; }
-  void forward(const Problem& problem) const override { plain_forward(problem); }
+  void forward(const Problem& problem) const override {
+    if (!problem.append.present()) return plain_forward(problem);
+    const RotatedQueries queries(problem);
+    append_all(problem, queries.operand());
+    plain_forward(queries.attend_after(problem));
+  }
   void backward(const Problem& problem) const override { plain_backward(problem, recall_); }
 
  private:

@@ -18,6 +18,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "flash_attn/export.h"
+
 #ifdef __cplusplus
 extern "C" {
 #endif
@@ -30,7 +32,8 @@ enum {
   FLASH_ATTN_TYPE_MISMATCH = 2,    /* a dtype */
   FLASH_ATTN_NOT_SUPPORTED = 3,    /* well-formed, but no backend (or not the chosen one) serves it */
   FLASH_ATTN_INTERNAL = 4,         /* a defect of the library */
-  FLASH_ATTN_OUT_OF_MEMORY = 5
+  FLASH_ATTN_OUT_OF_MEMORY = 5,
+  FLASH_ATTN_DEVICE_FAILURE = 6 /* a driver or a launch failed; outputs may be half written */
 };
 
 enum {
@@ -56,7 +59,14 @@ typedef struct flash_attn_tensor {
 } flash_attn_tensor;
 
 /* A contiguous tensor in the CPU's memory. An ndim outside [0, 5] or a null `shape` gives one that is refused. */
-flash_attn_tensor flash_attn_view(const void* data, int32_t dtype, int32_t ndim, const int64_t* shape);
+FLASH_ATTN_API flash_attn_tensor flash_attn_view(const void* data, int32_t dtype, int32_t ndim, const int64_t* shape);
+
+/* Memory of a device, ordered on a stream. All null: the backend takes the device's own pool. */
+typedef struct flash_attn_allocator {
+  void* (*allocate)(void* context, int32_t device_type, int32_t device_index, int64_t bytes, void* stream);
+  void (*release)(void* context, int32_t device_type, int32_t device_index, void* memory, void* stream);
+  void* context;
+} flash_attn_allocator;
 
 /* What forward and backward share. Null tensors are absent. */
 typedef struct flash_attn_options {
@@ -94,6 +104,12 @@ typedef struct flash_attn_options {
   const char* backend;        /* null: FLASH_ATTENTION_BACKEND, else the best that serves the call */
   int32_t positive_empty_lse; /* 0: the lse of a row that sees nothing is -inf; 1: +inf */
   int32_t deterministic;      /* 0; CPU backends always are */
+
+  /* Devices: fields of the second release. */
+  void* stream;                           /* of q's device (cudaStream_t, ...); null: its default stream */
+  flash_attn_allocator allocator;         /* of workspace on q's device */
+  const flash_attn_tensor* dropout_state; /* int64 (2) on q's device: (seed, offset), instead of the two above */
+  int64_t used_k;                         /* -1; that many keys of every sequence, instead of seqused_k */
 } flash_attn_options;
 
 typedef struct flash_attn_forward_args {
@@ -134,32 +150,34 @@ typedef struct flash_attn_backward_args {
 } flash_attn_backward_args;
 
 /* Set the defaults above and struct_size; `size` is sizeof the struct. */
-int flash_attn_options_init(flash_attn_options* options, size_t size);
-int flash_attn_forward_args_init(flash_attn_forward_args* args, size_t size);
-int flash_attn_backward_args_init(flash_attn_backward_args* args, size_t size);
+FLASH_ATTN_API int flash_attn_options_init(flash_attn_options* options, size_t size);
+FLASH_ATTN_API int flash_attn_forward_args_init(flash_attn_forward_args* args, size_t size);
+FLASH_ATTN_API int flash_attn_backward_args_init(flash_attn_backward_args* args, size_t size);
 
-int flash_attn_forward(const flash_attn_forward_args* args);
-int flash_attn_backward(const flash_attn_backward_args* args);
+FLASH_ATTN_API int flash_attn_forward(const flash_attn_forward_args* args);
+FLASH_ATTN_API int flash_attn_backward(const flash_attn_backward_args* args);
 
 /* What the call would do, in words: the problem, each backend's answer, the plan. Writes at most `capacity` bytes to
  * `text`, always ended by a zero byte if capacity > 0; `needed` (optional) receives the bytes of the whole. */
-int flash_attn_explain_forward(const flash_attn_forward_args* args, char* text, size_t capacity, size_t* needed);
-int flash_attn_explain_backward(const flash_attn_backward_args* args, char* text, size_t capacity, size_t* needed);
+FLASH_ATTN_API int flash_attn_explain_forward(const flash_attn_forward_args* args, char* text, size_t capacity,
+                                              size_t* needed);
+FLASH_ATTN_API int flash_attn_explain_backward(const flash_attn_backward_args* args, char* text, size_t capacity,
+                                               size_t* needed);
 
 /* Words of this thread's last failure, "" if its last call succeeded; valid until its next call. Never null. */
-const char* flash_attn_last_error(void);
+FLASH_ATTN_API const char* flash_attn_last_error(void);
 
-const char* flash_attn_version(void);
+FLASH_ATTN_API const char* flash_attn_version(void);
 
 /* Threads of the CPU backends; n <= 0 restores the default. flash_attn_num_threads returns 0 on failure. */
-int flash_attn_num_threads(void);
-int flash_attn_set_num_threads(int n);
+FLASH_ATTN_API int flash_attn_num_threads(void);
+FLASH_ATTN_API int flash_attn_set_num_threads(int n);
 
 /* Lets the host run the library's tasks: `run` must call task(context, i) once for each i in [0, n), on any threads,
  * and return after the last. A null `run` restores the library's own threads. */
 typedef void (*flash_attn_task)(void* context, int64_t i);
 typedef void (*flash_attn_parallel_for)(void* host, int64_t n, flash_attn_task task, void* context);
-int flash_attn_set_parallel_for(flash_attn_parallel_for run, void* host);
+FLASH_ATTN_API int flash_attn_set_parallel_for(flash_attn_parallel_for run, void* host);
 
 #ifdef __cplusplus
 }

@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "flash_attn/error.hpp"
+#include "flash_attn/export.h"
 #include "flash_attn/tensor.hpp"
 
 namespace flash_attn {
@@ -33,11 +34,12 @@ struct Sequences {
   Tensor block_table{};      // (batch, max_blocks): k, v are pages (num_blocks, page_size, nheads_k, headdim)
   int64_t max_seqlen_q = -1;
   int64_t max_seqlen_k = -1;
+  int64_t used_k = -1;  // that many keys of every sequence, instead of seqused_k; -1: not given
 };
 
 /// Keys and values that join a cache before attention, which sees them too. Those of sequence b are written to its rows
-/// [seqused_k[b], seqused_k[b] + new): k and v of the call are then outputs as well, and seqused_k is required. It
-/// stays as it is: the caller counts.
+/// [seqused_k[b], seqused_k[b] + new): k and v of the call are then outputs as well, and seqused_k (or used_k) is
+/// required. It stays as it is: the caller counts.
 struct NewKeys {
   Tensor k{};           // (batch, seqlen_new, nheads_k, headdim) | (total_new, nheads_k, headdim) with cu_seqlens
   Tensor v{};           // (batch, seqlen_new, nheads_k, headdim_v) | (total_new, nheads_k, headdim_v)
@@ -73,13 +75,28 @@ struct Dropout {
   double p = 0.0;
   uint64_t seed = 0;
   uint64_t offset = 0;
+  Tensor state{};  // int64 (2) on q's device: (seed, offset), instead of the two; a device's is read by its kernels
 };
 
-/// How to run, never what to compute.
+/// Memory of a device, ordered on a stream: `release` may hand it out again before the stream has passed. All absent:
+/// the backend takes the device's own pool.
+struct Allocator {
+  // Returns nullptr if there is no memory.
+  void* (*allocate)(void* context, int32_t device_type, int32_t device_index, int64_t bytes, void* stream) = nullptr;
+  void (*release)(void* context, int32_t device_type, int32_t device_index, void* memory, void* stream) = nullptr;
+  void* context = nullptr;
+};
+
+/// How to run, never what to compute. On a device a call returns once its work is queued on `stream`; memory of the
+/// call must live until the stream has passed it.
 struct Run {
   std::string backend{};            // empty: FLASH_ATTENTION_BACKEND, else the best that serves the call
   bool positive_empty_lse = false;  // lse of a row that sees nothing: -inf, or +inf as in FlashAttention-2
   bool deterministic = false;       // CPU backends always are
+  void* stream = nullptr;           // of q's device (cudaStream_t, hipStream_t, ...); nullptr: its default stream
+  Allocator allocator{};            // of workspace on q's device
+  std::string prefer{};             // asked first where no backend is named: a backward's, whoever ran the forward
+  bool differentiable = false;      // a backward will follow: a *named* backend must serve it too
 };
 
 /// Shapes: fixed length (batch, seqlen, nheads, headdim), or packed (total, nheads, headdim) with cu_seqlens.
@@ -114,8 +131,8 @@ struct Backward {
 };
 
 /// Computes attention. Throws Error, with nothing written, if the call is malformed or nobody serves it.
-void forward(const Forward& call);
-void backward(const Backward& call);
+FLASH_ATTN_API void forward(const Forward& call);
+FLASH_ATTN_API void backward(const Backward& call);
 
 /// What a call would do, without doing it: every backend's answer, the choice, its plan in words.
 struct Candidate {
@@ -128,30 +145,31 @@ struct Explanation {
   std::vector<Candidate> candidates;
   std::string plan;  // of the chosen backend; empty if nobody serves the call
 };
-Explanation explain(const Forward& call);
-Explanation explain(const Backward& call);
+FLASH_ATTN_API Explanation explain(const Forward& call);
+FLASH_ATTN_API Explanation explain(const Backward& call);
 
 struct BackendInfo {
   std::string name;
   std::string description;
-  std::string unavailable;  // empty: usable on this machine
+  std::string unavailable;            // empty: usable on this machine
+  std::string forward{}, backward{};  // what it serves, in words: "float32, bfloat16 and float16; all but chunk"
 };
-std::vector<BackendInfo> backends();
+FLASH_ATTN_API std::vector<BackendInfo> backends();
 
 /// The CPU backend's instruction set in use ("avx512", "avx2", "baseline", ...), and all that this machine can run.
 /// FLASH_ATTENTION_CPU_ISA overrides the choice.
-std::string cpu_isa();
-std::vector<std::string> cpu_isas();
+FLASH_ATTN_API std::string cpu_isa();
+FLASH_ATTN_API std::vector<std::string> cpu_isas();
 
 /// Threads of the CPU backends: affinity mask, cgroup quota, FLASH_ATTENTION_NUM_THREADS, OMP_NUM_THREADS decide
 /// the default. Results do not depend on their number. n <= 0 restores the default.
-int num_threads();
-void set_num_threads(int n);
+FLASH_ATTN_API int num_threads();
+FLASH_ATTN_API void set_num_threads(int n);
 
 /// Runs task(i) for i in [0, n) on the host's own threads; must return after the last. An empty function restores ours.
 using ParallelFor = std::function<void(int64_t n, const std::function<void(int64_t)>& task)>;
-void set_parallel_for(ParallelFor host);
+FLASH_ATTN_API void set_parallel_for(ParallelFor host);
 
-const char* version();
+FLASH_ATTN_API const char* version();
 
 }  // namespace flash_attn

@@ -33,12 +33,15 @@ constexpr const char* name_of(DType t) {
   return "unknown";
 }
 
-/// Where the memory lives. The numbers of `type` are DLPack's (DLDeviceType).
+/// Where the memory lives. The numbers of `type` are DLPack's (DLDeviceType): 1 CPU, 2 CUDA, 8 Metal, 10 ROCm, 14
+/// oneAPI.
 struct Device {
   int32_t type = 1;  // kDLCPU
   int32_t index = 0;
   bool operator==(const Device&) const = default;
   bool is_cpu() const { return type == 1; }
+  /// Whether `Tensor::data` is an address. OpenCL (4), Vulkan (7), Metal (8) and WebGPU (15) give handles.
+  bool has_addresses() const { return type != 4 && type != 7 && type != 8 && type != 15; }
 };
 
 /// A view: `shape` and `stride` (in elements, not bytes) of `ndim` dimensions over `data`.

@@ -49,15 +49,18 @@ struct ManagedVersioned {
   Tensor tensor;
 };
 
-/// Capsule "dlpack_exchange_api", the attribute `__dlpack_c_exchange_api__` of a tensor type.
+/// Capsule "dlpack_exchange_api", the attribute `__dlpack_c_exchange_api__` of a tensor type. Functions return 0, or
+/// -1.
 struct ExchangeApi {
   Version version;
   ExchangeApi* previous;
-  void* allocate;
+  /// Memory of the prototype's shape, dtype and device from the framework's own allocator, on its current stream.
+  int (*allocate)(Tensor* prototype, ManagedVersioned** out, void* error_context,
+                  void (*set_error)(void* error_context, const char* kind, const char* message));
   void* managed_from_object;
   void* managed_to_object;
   int (*tensor_from_object)(void* object, Tensor* out);  // borrowed: valid while the object lives; may be nullptr
-  void* current_work_stream;
+  int (*current_work_stream)(int32_t device_type, int32_t device_id, void** out);
 };
 
 }  // namespace flash_attn::dlpack

@@ -1,10 +1,9 @@
 #include "from_python.hpp"
 
+#include <algorithm>
 #include <optional>
 #include <string>
 #include <string_view>
-
-#include "dlpack.hpp"
 
 namespace flash_attn::python {
 namespace {
@@ -31,19 +30,29 @@ std::string dtype_name(nb::handle object) {
   return name.starts_with("torch.") ? name.substr(6) : name;
 }
 
-Tensor convert(const dlpack::Tensor& from, nb::handle object, const char* name) {
-  const std::optional<DType> dtype = dtype_of(from.dtype);
-  if (!dtype) {
-    throw Error(ErrorCode::type_mismatch, std::string(name) + ": expected a dtype of float16, bfloat16, float32, " +
-                                              "float64, int32 or int64, got " + dtype_name(object) +
-                                              (from.dtype.code == dlpack::kBool && std::string_view(name) == "attn_bias"
-                                                   ? "; torch.where(mask, 0.0, -inf) is the bias of a mask"
-                                                   : ""));
+const char* words_of(Holds holds) {
+  switch (holds) {
+    case Holds::table: return "int32";
+    case Holds::state: return "int64";
+    default: return "float16, bfloat16, float32 or float64";
   }
+}
+
+[[noreturn]] void refuse_dtype(nb::handle object, const char* name, Holds holds) {
+  const std::string dtype = dtype_name(object);
+  const bool boolean_bias = dtype == "bool" && std::string_view(name) == "attn_bias";
+  throw Error(ErrorCode::type_mismatch,
+              std::string(name) + ": expected " + words_of(holds) + ", got " + dtype +
+                  (boolean_bias ? "; torch.where(mask, 0.0, -inf) is the bias of a mask" : ""));
+}
+
+Tensor convert(const dlpack::Tensor& from, nb::handle object, const char* name, Holds holds) {
+  const std::optional<DType> dtype = dtype_of(from.dtype);
+  if (!dtype) refuse_dtype(object, name, holds);
   Tensor to;
-  to.data = static_cast<char*>(from.data) + from.byte_offset;
   to.dtype = *dtype;
   to.device = {from.device.type, from.device.id};
+  to.data = to.device.has_addresses() ? static_cast<char*>(from.data) + from.byte_offset : from.data;
   to.ndim = from.ndim;
   if (from.ndim > Tensor::kMaxDims) {
     to.ndim = Tensor::kMaxDims + 1;  // refused by every entry point, by its rank
@@ -60,7 +69,7 @@ Tensor convert(const dlpack::Tensor& from, nb::handle object, const char* name) 
 
 /// The exchange table of a type, or nullptr. Types that have one are few and live for ever: remembered, never
 /// forgotten.
-const dlpack::ExchangeApi* exchange_api(PyTypeObject* type) {
+const dlpack::ExchangeApi* exchange_api_of(PyTypeObject* type) {
   struct Entry {
     PyTypeObject* type;
     const dlpack::ExchangeApi* api;
@@ -94,50 +103,68 @@ nb::object with_sign(nb::handle object) {
 }
 
 /// The producer's own reason, without the trace that it may carry.
-[[noreturn]] void refuse_export(const char* name) {
+[[noreturn]] void refuse_export(nb::handle object, const char* name, Holds holds) {
   nb::python_error reason;
+  const std::string dtype = dtype_name(object);
+  constexpr std::string_view kKnown[] = {"float16", "bfloat16", "float32", "float64", "int32", "int64", "another"};
+  if (std::find(std::begin(kKnown), std::end(kKnown), dtype) == std::end(kKnown)) refuse_dtype(object, name, holds);
   const std::string message = text(reason.value());
   throw Error(ErrorCode::invalid_argument, std::string(name) + ": expected a dense tensor with memory, got one that " +
                                                "cannot be exported: " + message.substr(0, message.find('\n')));
 }
 
-Tensor from_capsule(nb::handle object, const char* name, Owners& owners) {
+/// A capsule of the object's memory. Of a torch tensor on a device the consumer's stream is named (-1: the producer
+/// need not wait for anything), since the call is queued on torch's own current stream; by default torch before 2.10
+/// would make the default stream wait, which a capture does not survive.
+nb::object export_of(const nb::object& source) {
+  const bool is_torch = nb::hasattr(source, "is_meta") && nb::hasattr(source, "device");
+  if (!is_torch) return nb::steal(PyObject_CallMethod(source.ptr(), "__dlpack__", nullptr));
+  const nb::object method = source.attr("__dlpack__");
+  nb::dict keywords;
+  keywords["stream"] = -1;
+  return nb::steal(PyObject_Call(method.ptr(), nb::tuple().ptr(), keywords.ptr()));
+}
+
+Tensor from_capsule(nb::handle object, const char* name, Owners& owners, Holds holds) {
   nb::object source = with_sign(object);
   if (nb::hasattr(source, "detach")) source = source.attr("detach")();
-  nb::object capsule = nb::steal(PyObject_CallMethod(source.ptr(), "__dlpack__", nullptr));
+  nb::object capsule = export_of(source);
   if (!capsule
            .is_valid()) {  // what torch says of a tensor that has no dense memory; anything else is the caller's affair
-    if (PyErr_ExceptionMatches(PyExc_RuntimeError) || PyErr_ExceptionMatches(PyExc_BufferError)) refuse_export(name);
+    if (PyErr_ExceptionMatches(PyExc_RuntimeError) || PyErr_ExceptionMatches(PyExc_BufferError))
+      refuse_export(object, name, holds);
     throw nb::python_error();
   }
   owners.push_back(capsule);  // unconsumed: it frees what it owns when it goes
   if (PyCapsule_IsValid(capsule.ptr(), "dltensor")) {
-    return convert(static_cast<dlpack::Managed*>(PyCapsule_GetPointer(capsule.ptr(), "dltensor"))->tensor, object,
-                   name);
+    return convert(static_cast<dlpack::Managed*>(PyCapsule_GetPointer(capsule.ptr(), "dltensor"))->tensor, object, name,
+                   holds);
   }
   if (PyCapsule_IsValid(capsule.ptr(), "dltensor_versioned")) {
     const auto* managed =
         static_cast<dlpack::ManagedVersioned*>(PyCapsule_GetPointer(capsule.ptr(), "dltensor_versioned"));
-    if (managed->version.major == 1) return convert(managed->tensor, object, name);
+    if (managed->version.major == 1) return convert(managed->tensor, object, name, holds);
   }
   throw Error(ErrorCode::type_mismatch, std::string(name) + ": its __dlpack__() gave no capsule of DLPack 1.x");
 }
 
 }  // namespace
 
-Tensor tensor(nb::handle object, const char* name, Owners& owners) {
+const dlpack::ExchangeApi* exchange_api(nb::handle object) { return exchange_api_of(Py_TYPE(object.ptr())); }
+
+Tensor tensor(nb::handle object, const char* name, Owners& owners, Holds holds) {
   if (object.is_none()) return {};
-  if (const dlpack::ExchangeApi* api = exchange_api(Py_TYPE(object.ptr()))) {
+  if (const dlpack::ExchangeApi* api = exchange_api(object)) {
     const nb::object source = with_sign(object);
     if (!source.is(object)) owners.push_back(source);
     dlpack::Tensor borrowed;
-    if (api->tensor_from_object(source.ptr(), &borrowed) != 0) refuse_export(name);
-    return convert(borrowed, object, name);
+    if (api->tensor_from_object(source.ptr(), &borrowed) != 0) refuse_export(object, name, holds);
+    return convert(borrowed, object, name, holds);
   }
   if (!nb::hasattr(object, "__dlpack__")) {
     throw Error(ErrorCode::type_mismatch, std::string(name) + ": expected a tensor, got " + class_name(object));
   }
-  return from_capsule(object, name, owners);
+  return from_capsule(object, name, owners, holds);
 }
 
 double number(nb::handle object, const char* name) {

@@ -1,277 +1,261 @@
-// flash_attn._C: the C++ API for Python. Arguments are positional and complete; the defaults live in the Python
-// package.
+// flash_attn._C: the C++ API for Python. Tensors are positional; everything else comes in groups (groups.hpp).
 //
 // A call costs about as much as its arguments: tensors are borrowed through DLPack (from_python.hpp), nothing is
-// allocated on the way, and the interpreter is free while the kernels run.
+// allocated on the way, and the interpreter is free while the CPU's kernels run.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
-#include <algorithm>
-#include <exception>
-#include <span>
+#include <array>
+#include <new>
 #include <string>
-#include <string_view>
-#include <utility>
+#include <vector>
 
+#include "core/backend.hpp"
+#include "core/problem.hpp"
+#include "device.hpp"
+#include "errors.hpp"
 #include "flash_attn/flash_attn.hpp"
 #include "from_python.hpp"
+#include "groups.hpp"
 #include "host_threads.hpp"
+#include "hosted.hpp"
 
 namespace flash_attn::python {
 namespace {
 
-/// What forward, backward and their explanations have in common: one tuple, in this order (flash_attn/_options.py).
-struct Options {
-  enum Slot {
-    kSoftmaxScale,
-    kCausal,
-    kWindowLeft,
-    kWindowRight,
-    kSoftcap,
-    kAlibiSlopes,
-    kBias,
-    kSink,
-    kCuSeqlensQ,
-    kCuSeqlensK,
-    kMaxSeqlenQ,
-    kMaxSeqlenK,
-    kSequsedK,
-    kLeftpadK,
-    kBlockTable,
-    kDropoutP,
-    kSeed,
-    kOffset,
-    kBackend,
-    kDeterministic,
-    kSlots
-  };
-
-  nb::tuple values;
+/// What all calls have besides tensors: None, or a tuple each.
+struct Groups {
+  nb::handle sequences, scores, dropout, run;
 
   template <class Call>
   void fill(Call& call, Owners& owners) const {
-    if (values.size() != kSlots)
-      throw Error(ErrorCode::internal, "options: expected " + std::to_string(kSlots) + " values");
-
-    Scores& scores = call.scores;
-    if (!at(kSoftmaxScale).is_none()) scores.softmax_scale = number(at(kSoftmaxScale), "softmax_scale");
-    scores.causal = truth(at(kCausal));
-    scores.window_left = integer(at(kWindowLeft), "window_size[0]");
-    scores.window_right = integer(at(kWindowRight), "window_size[1]");
-    scores.softcap = number(at(kSoftcap), "softcap");
-    scores.alibi_slopes = tensor(at(kAlibiSlopes), "alibi_slopes", owners);
-    scores.bias = tensor(at(kBias), "attn_bias", owners);
-    scores.sink = tensor(at(kSink), "learnable_sink", owners);
-
-    Sequences& sequences = call.sequences;
-    sequences.cu_seqlens_q = tensor(at(kCuSeqlensQ), "cu_seqlens_q", owners);
-    sequences.cu_seqlens_k = tensor(at(kCuSeqlensK), "cu_seqlens_k", owners);
-    if (!at(kMaxSeqlenQ).is_none()) sequences.max_seqlen_q = length(at(kMaxSeqlenQ), "max_seqlen_q");
-    if (!at(kMaxSeqlenK).is_none()) sequences.max_seqlen_k = length(at(kMaxSeqlenK), "max_seqlen_k");
-    sequences.seqused_k = tensor(at(kSequsedK), "seqused_k", owners);
-    sequences.leftpad_k = tensor(at(kLeftpadK), "leftpad_k", owners);
-    sequences.block_table = tensor(at(kBlockTable), "block_table", owners);
-
-    call.dropout.p = number(at(kDropoutP), "dropout_p");
-    call.dropout.seed = static_cast<uint64_t>(integer(at(kSeed), "seed"));
-    call.dropout.offset = static_cast<uint64_t>(integer(at(kOffset), "offset"));
-
-    if (!at(kBackend).is_none()) call.run.backend = nb::cast<std::string>(at(kBackend));
-    call.run.positive_empty_lse = true;  // as the functions of FlashAttention-2 return it
-    call.run.deterministic = truth(at(kDeterministic));
-  }
-
- private:
-  nb::handle at(Slot slot) const { return PyTuple_GetItem(values.ptr(), slot); }
-  static bool truth(nb::handle object) {
-    const int value = PyObject_IsTrue(object.ptr());
-    if (value < 0) nb::raise_python_error();
-    return value != 0;
+    read(sequences, call.sequences, owners);
+    read(scores, call.scores, owners);
+    read(dropout, call.dropout, owners);
+    read(run, call.run, owners);
   }
 };
 
-Forward make_forward(nb::handle q, nb::handle k, nb::handle v, nb::handle out, nb::handle lse, const nb::tuple& options,
-                     Owners& owners) {
-  Forward call{.q = tensor(q, "q", owners),
-               .k = tensor(k, "k", owners),
-               .v = tensor(v, "v", owners),
-               .out = tensor(out, "out", owners),
-               .lse = tensor(lse, "softmax_lse", owners)};
-  Options{options}.fill(call, owners);
-  return call;
-}
-
-Backward make_backward(nb::handle dout, nb::handle q, nb::handle k, nb::handle v, nb::handle out, nb::handle lse,
-                       nb::handle dq, nb::handle dk, nb::handle dv, nb::handle dlse, nb::handle dbias, nb::handle dsink,
-                       const nb::tuple& options, Owners& owners) {
-  Backward call{.dout = tensor(dout, "dout", owners),
-                .q = tensor(q, "q", owners),
-                .k = tensor(k, "k", owners),
-                .v = tensor(v, "v", owners),
-                .out = tensor(out, "out", owners),
-                .lse = tensor(lse, "softmax_lse", owners),
-                .dq = tensor(dq, "dq", owners),
-                .dk = tensor(dk, "dk", owners),
-                .dv = tensor(dv, "dv", owners),
-                .dlse = tensor(dlse, "dlse", owners),
-                .dbias = tensor(dbias, "dbias", owners),
-                .dsink = tensor(dsink, "dsink", owners)};
-  Options{options}.fill(call, owners);
-  return call;
-}
-
-void py_forward(nb::handle q, nb::handle k, nb::handle v, nb::handle out, nb::handle lse, const nb::tuple& options) {
+struct ForwardCall {
   Owners owners;
-  const Forward call = make_forward(q, k, v, out, lse, options, owners);
+  Forward call;
+
+  ForwardCall(nb::handle q, nb::handle k, nb::handle v, nb::handle out, nb::handle lse, const Groups& groups,
+              nb::handle new_keys, nb::handle rotary) {
+    call.q = tensor(q, "q", owners);
+    call.k = tensor(k, "k", owners);
+    call.v = tensor(v, "v", owners);
+    call.out = tensor(out, "out", owners);
+    call.lse = tensor(lse, "softmax_lse", owners);
+    groups.fill(call, owners);
+    read(new_keys, call.new_keys, owners);
+    read(rotary, call.rotary, owners);
+  }
+};
+
+struct BackwardCall {
+  Owners owners;
+  Backward call;
+
+  BackwardCall(nb::handle dout, nb::handle q, nb::handle k, nb::handle v, nb::handle out, nb::handle lse, nb::handle dq,
+               nb::handle dk, nb::handle dv, nb::handle dlse, nb::handle dbias, nb::handle dsink,
+               const Groups& groups) {
+    call.dout = tensor(dout, "dout", owners);
+    call.q = tensor(q, "q", owners);
+    call.k = tensor(k, "k", owners);
+    call.v = tensor(v, "v", owners);
+    call.out = tensor(out, "out", owners);
+    call.lse = tensor(lse, "softmax_lse", owners);
+    call.dq = tensor(dq, "dq", owners);
+    call.dk = tensor(dk, "dk", owners);
+    call.dv = tensor(dv, "dv", owners);
+    call.dlse = tensor(dlse, "dlse", owners);
+    call.dbias = tensor(dbias, "dbias", owners);
+    call.dsink = tensor(dsink, "dsink", owners);
+    groups.fill(call, owners);
+  }
+};
+
+std::vector<Veto> vetoes(nb::handle given) {
+  std::vector<Veto> list;
+  if (given.is_none()) return list;
+  for (const nb::handle veto : given) list.push_back({nb::cast<std::string>(veto[0]), nb::cast<std::string>(veto[1])});
+  return list;
+}
+
+void run_natively(const Backend& backend, const Problem& problem) {
   nb::gil_scoped_release free_interpreter;
-  follow_host_threads();
-  forward(call);
+  if (problem.device.is_cpu()) follow_host_threads();
+  problem.pass == Pass::forward ? backend.forward(problem) : backend.backward(problem);
 }
 
-void py_backward(nb::handle dout, nb::handle q, nb::handle k, nb::handle v, nb::handle out, nb::handle lse,
-                 nb::handle dq, nb::handle dk, nb::handle dv, nb::handle dlse, nb::handle dbias, nb::handle dsink,
-                 const nb::tuple& options) {
-  Owners owners;
-  const Backward call = make_backward(dout, q, k, v, out, lse, dq, dk, dv, dlse, dbias, dsink, options, owners);
-  nb::gil_scoped_release free_interpreter;
-  follow_host_threads();
-  backward(call);
-}
-
-using Names = std::span<const std::pair<std::string_view, std::string_view>>;  // the core's, Python's
-
-/// The core names arguments as C++ does; where Python's name is another, its users read theirs.
-constexpr std::pair<std::string_view, std::string_view> kPythonNames[] = {
-    {"window_left", "window_size[0]"},
-    {"window_right", "window_size[1]"},
-    {"bias", "attn_bias"},
-    {"sink", "learnable_sink"},
-};
-/// And those of flash_attn_with_kvcache.
-constexpr std::pair<std::string_view, std::string_view> kCacheNames[] = {
-    {"k", "k_cache"},
-    {"v", "v_cache"},
-    {"new_keys", "k and v"},
-    {"new_keys.k", "k"},
-    {"new_keys.v", "v"},
-    {"new_keys.cu_seqlens", "cu_seqlens_k_new"},
-    {"rotary.cos", "rotary_cos"},
-    {"rotary.sin", "rotary_sin"},
-    {"rotary.positions", "rotary_positions"},
-    {"seqused_k", "cache_seqlens"},
-    {"leftpad_k", "cache_leftpad"},
-};
-
-/// `message` with every word that has another name replaced by it.
-std::string renamed(const std::string& message, Names names) {
-  constexpr std::string_view kLetters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.";
-  std::string text;
-  for (std::size_t at = 0; at < message.size();) {
-    const std::size_t end = std::min(message.find_first_not_of(kLetters, at), message.size());
-    const std::string_view word = std::string_view(message).substr(at, end - at);
-    const auto found = std::find_if(names.begin(), names.end(), [&](const auto& name) { return name.first == word; });
-    text.append(found != names.end() ? found->second : word);
-    at = std::min(message.find_first_of(kLetters, end), message.size());
-    text.append(message, end, at - end);
-  }
-  return text;
-}
-
-void py_forward_with_cache(nb::handle q, nb::handle k_cache, nb::handle v_cache, nb::handle out, nb::handle lse,
-                           nb::handle k, nb::handle v, nb::handle cu_seqlens_k_new, nb::handle cache_batch_idx,
-                           nb::handle rotary_cos, nb::handle rotary_sin, bool rotary_interleaved,
-                           nb::handle rotary_positions, const nb::tuple& options) {
-  Owners owners;
-  Forward call{.q = tensor(q, "q", owners),
-               .k = tensor(k_cache, "k_cache", owners),
-               .v = tensor(v_cache, "v_cache", owners),
-               .out = tensor(out, "out", owners),
-               .lse = tensor(lse, "softmax_lse", owners),
-               .new_keys = {.k = tensor(k, "k", owners),
-                            .v = tensor(v, "v", owners),
-                            .cu_seqlens = tensor(cu_seqlens_k_new, "cu_seqlens_k_new", owners)},
-               .rotary = {.cos = tensor(rotary_cos, "rotary_cos", owners),
-                          .sin = tensor(rotary_sin, "rotary_sin", owners),
-                          .interleaved = rotary_interleaved,
-                          .positions = tensor(rotary_positions, "rotary_positions", owners)}};
-  call.sequences.cache_batch_idx = tensor(cache_batch_idx, "cache_batch_idx", owners);
+/// The name of the backend that served the call; or, where it is hosted, (name, Problem) for Python to run.
+template <class Call>
+nb::object run(Call& call, nb::handle q, nb::handle veto) {
+  DeviceServices services(q, call.q.device);
+  services.offer(call.run);
   try {
-    Options{options}.fill(call, owners);
-    nb::gil_scoped_release free_interpreter;
-    follow_host_threads();
-    forward(call);
+    Problem problem = make_problem(call);
+    const Backend& backend = choose_or_throw(problem, vetoes(veto));
+    const bool nothing = problem.writes_nothing(), hosted = backend.hosted();
+    if (!nothing && !hosted) run_natively(backend, problem);
+    nb::str name(backend.name().data(), backend.name().size());
+    if (nothing || !hosted) return name;
+    return nb::make_tuple(name, nb::cast(std::move(problem)));
+  } catch (const std::bad_alloc&) {
+    throw Error(ErrorCode::out_of_memory, "out of memory");
+  }
+}
+
+nb::object py_forward(nb::handle q, nb::handle k, nb::handle v, nb::handle out, nb::handle lse, nb::handle sequences,
+                      nb::handle scores, nb::handle dropout, nb::handle run_group, nb::handle new_keys,
+                      nb::handle rotary, nb::handle veto, bool cache) {
+  if (!cache) {
+    ForwardCall f(q, k, v, out, lse, {sequences, scores, dropout, run_group}, new_keys, rotary);
+    return run(f.call, q, veto);
+  }
+  try {
+    return py_forward(q, k, v, out, lse, sequences, scores, dropout, run_group, new_keys, rotary, veto, false);
   } catch (const Error& e) {
     throw Error(e.code(), renamed(e.what(), kCacheNames));
   }
 }
 
-/// (problem, [(backend, chosen, why_not)], plan)
-nb::tuple to_python(const Explanation& e) {
+nb::object py_backward(nb::handle dout, nb::handle q, nb::handle k, nb::handle v, nb::handle out, nb::handle lse,
+                       nb::handle dq, nb::handle dk, nb::handle dv, nb::handle dlse, nb::handle dbias, nb::handle dsink,
+                       nb::handle sequences, nb::handle scores, nb::handle dropout, nb::handle run_group,
+                       nb::handle veto) {
+  BackwardCall b(dout, q, k, v, out, lse, dq, dk, dv, dlse, dbias, dsink, {sequences, scores, dropout, run_group});
+  return run(b.call, q, veto);
+}
+
+/// (problem, [(backend, chosen, why_not)], plan, Problem)
+template <class Call>
+nb::tuple to_python(const Call& call, nb::handle veto) {
+  const Problem problem = make_problem(call);
+  const Choice choice = choose(problem, vetoes(veto));
   nb::list candidates;
-  for (const Candidate& c : e.candidates) candidates.append(nb::make_tuple(c.backend, c.chosen, c.why_not));
-  return nb::make_tuple(e.problem, candidates, e.plan);
+  for (const Candidate& c : choice.candidates) candidates.append(nb::make_tuple(c.backend, c.chosen, c.why_not));
+  return nb::make_tuple(describe(problem), candidates, choice.backend ? choice.backend->plan(problem) : std::string(),
+                        nb::cast(problem));
 }
 
 nb::tuple py_explain_forward(nb::handle q, nb::handle k, nb::handle v, nb::handle out, nb::handle lse,
-                             const nb::tuple& options) {
-  Owners owners;
-  return to_python(explain(make_forward(q, k, v, out, lse, options, owners)));
+                             nb::handle sequences, nb::handle scores, nb::handle dropout, nb::handle run_group,
+                             nb::handle new_keys, nb::handle rotary, nb::handle veto) {
+  return to_python(ForwardCall(q, k, v, out, lse, {sequences, scores, dropout, run_group}, new_keys, rotary).call,
+                   veto);
 }
 
 nb::tuple py_explain_backward(nb::handle dout, nb::handle q, nb::handle k, nb::handle v, nb::handle out, nb::handle lse,
                               nb::handle dq, nb::handle dk, nb::handle dv, nb::handle dlse, nb::handle dbias,
-                              nb::handle dsink, const nb::tuple& options) {
-  Owners owners;
-  return to_python(explain(make_backward(dout, q, k, v, out, lse, dq, dk, dv, dlse, dbias, dsink, options, owners)));
+                              nb::handle dsink, nb::handle sequences, nb::handle scores, nb::handle dropout,
+                              nb::handle run_group, nb::handle veto) {
+  return to_python(
+      BackwardCall(dout, q, k, v, out, lse, dq, dk, dv, dlse, dbias, dsink, {sequences, scores, dropout, run_group})
+          .call,
+      veto);
 }
 
+void on_cpu(Forward& call) {
+  for (Tensor* t : {&call.q, &call.k, &call.v, &call.out, &call.lse, &call.new_keys.k, &call.new_keys.v,
+                    &call.rotary.cos, &call.rotary.sin})
+    t->device = {};
+}
+void on_cpu(Backward& call) {
+  for (Tensor* t : {&call.q, &call.k, &call.v, &call.out, &call.lse, &call.dout, &call.dq, &call.dk, &call.dv,
+                    &call.dlse, &call.dbias, &call.dsink})
+    t->device = {};
+}
+
+/// Checks a call on a device whose tables were copied to the CPU, with the CPU's messages. Floating-point tensors are
+/// told to be on the CPU for the while: of a call's memory the checks read the tables only.
+template <class Call>
+void check_contents(Call& call) {
+  on_cpu(call);
+  for (Tensor* t : {&call.scores.alibi_slopes, &call.scores.bias, &call.scores.sink}) t->device = {};
+  call.dropout.state = {};
+  make_problem(call);
+}
+
+void py_check_forward(nb::handle q, nb::handle k, nb::handle v, nb::handle out, nb::handle lse, nb::handle sequences,
+                      nb::handle scores, nb::handle dropout, nb::handle run_group, nb::handle new_keys,
+                      nb::handle rotary, bool cache) {
+  try {
+    ForwardCall f(q, k, v, out, lse, {sequences, scores, dropout, run_group}, new_keys, rotary);
+    check_contents(f.call);
+  } catch (const Error& e) {
+    throw Error(e.code(), cache ? renamed(e.what(), kCacheNames) : std::string(e.what()));
+  }
+}
+
+void py_check_backward(nb::handle dout, nb::handle q, nb::handle k, nb::handle v, nb::handle out, nb::handle lse,
+                       nb::handle dq, nb::handle dk, nb::handle dv, nb::handle dlse, nb::handle dbias, nb::handle dsink,
+                       nb::handle sequences, nb::handle scores, nb::handle dropout, nb::handle run_group) {
+  BackwardCall b(dout, q, k, v, out, lse, dq, dk, dv, dlse, dbias, dsink, {sequences, scores, dropout, run_group});
+  check_contents(b.call);
+}
+
+/// (name, description, unavailable, devices, forward, backward); the last two: None, or ([dtype], [feature],
+/// max_headdim, headdim_multiple).
 nb::list py_backends() {
+  const auto capabilities = [](const Serves* s, Features never) -> nb::object {
+    if (!s) return nb::none();
+    nb::list dtypes, features;
+    for (const DType t : {DType::f16, DType::bf16, DType::f32, DType::f64})
+      if (s->dtypes & bit(t)) dtypes.append(name_of(t));
+    for (std::size_t i = 0; i < kFeatures; ++i)
+      if ((s->features & ~never) >> i & 1) features.append(nb::str(kFeatureNames[i].data(), kFeatureNames[i].size()));
+    return nb::make_tuple(nb::tuple(dtypes), nb::tuple(features), s->max_headdim, s->headdim_multiple);
+  };
   nb::list all;
-  for (const BackendInfo& b : backends()) all.append(nb::make_tuple(b.name, b.description, b.unavailable));
+  for (const Backend* b : registered_backends()) {
+    nb::list devices;
+    for (const int32_t type : b->devices()) devices.append(type);
+    all.append(nb::make_tuple(std::string(b->name()), std::string(b->description()), b->unavailable(),
+                              nb::tuple(devices), capabilities(b->serves(Pass::forward), kBackwardOnly),
+                              capabilities(b->serves(Pass::backward), kForwardOnly)));
+  }
   return all;
 }
 
-PyObject* exception_type(ErrorCode code) {
-  switch (code) {
-    case ErrorCode::invalid_argument: return PyExc_ValueError;
-    case ErrorCode::type_mismatch: return PyExc_TypeError;
-    case ErrorCode::not_supported: return PyExc_NotImplementedError;
-    case ErrorCode::out_of_memory: return PyExc_MemoryError;
-    case ErrorCode::ok:
-    case ErrorCode::internal: break;
-  }
-  return PyExc_RuntimeError;
-}
-
-void translate(const std::exception_ptr& thrown, void*) {
-  try {
-    std::rethrow_exception(thrown);
-  } catch (const Error& e) {
-    PyErr_SetString(exception_type(e.code()), renamed(e.what(), kPythonNames).c_str());
-  }
+nb::tuple feature_names() {
+  nb::list names;
+  for (const std::string_view name : kFeatureNames) names.append(nb::str(name.data(), name.size()));
+  return nb::tuple(names);
 }
 
 }  // namespace
 
 // None is a value of every argument here (absent), so each is declared to accept it.
 #define FA_ARG(name) nb::arg(name).none()
-#define FA_FORWARD_ARGS FA_ARG("q"), FA_ARG("k"), FA_ARG("v"), FA_ARG("out"), FA_ARG("softmax_lse"), nb::arg("options")
-#define FA_BACKWARD_ARGS                                                                                     \
+#define FA_GROUPS                                                                                     \
+  nb::arg("sequences") = nb::none(), nb::arg("scores") = nb::none(), nb::arg("dropout") = nb::none(), \
+  nb::arg("run") = nb::none()
+#define FA_FORWARD                                                                        \
+  FA_ARG("q"), FA_ARG("k"), FA_ARG("v"), FA_ARG("out"), FA_ARG("softmax_lse"), FA_GROUPS, \
+      nb::arg("new_keys") = nb::none(), nb::arg("rotary") = nb::none()
+#define FA_BACKWARD                                                                                          \
   FA_ARG("dout"), FA_ARG("q"), FA_ARG("k"), FA_ARG("v"), FA_ARG("out"), FA_ARG("softmax_lse"), FA_ARG("dq"), \
-      FA_ARG("dk"), FA_ARG("dv"), FA_ARG("dlse"), FA_ARG("dbias"), FA_ARG("dsink"), nb::arg("options")
+      FA_ARG("dk"), FA_ARG("dv"), FA_ARG("dlse"), FA_ARG("dbias"), FA_ARG("dsink"), FA_GROUPS
 
 NB_MODULE(_C, m) {
   m.doc() = "The compiled core of flash_attn.";
-  nb::register_exception_translator(translate);
-  m.def("forward", &py_forward, FA_FORWARD_ARGS);
-  m.def("backward", &py_backward, FA_BACKWARD_ARGS);
-  m.def("forward_with_cache", &py_forward_with_cache, FA_ARG("q"), FA_ARG("k_cache"), FA_ARG("v_cache"), FA_ARG("out"),
-        FA_ARG("softmax_lse"), FA_ARG("k"), FA_ARG("v"), FA_ARG("cu_seqlens_k_new"), FA_ARG("cache_batch_idx"),
-        FA_ARG("rotary_cos"), FA_ARG("rotary_sin"), nb::arg("rotary_interleaved"), FA_ARG("rotary_positions"),
-        nb::arg("options"));
-  m.def("explain_forward", &py_explain_forward, FA_FORWARD_ARGS);
-  m.def("explain_backward", &py_explain_backward, FA_BACKWARD_ARGS);
+  add_errors(m);
+  add_hosted(m);
+  m.def("forward", &py_forward, FA_FORWARD, nb::arg("veto") = nb::none(), nb::arg("cache") = false);
+  m.def("backward", &py_backward, FA_BACKWARD, nb::arg("veto") = nb::none());
+  m.def("explain_forward", &py_explain_forward, FA_FORWARD, nb::arg("veto") = nb::none());
+  m.def("explain_backward", &py_explain_backward, FA_BACKWARD, nb::arg("veto") = nb::none());
+  m.def("check_forward", &py_check_forward, FA_FORWARD, nb::arg("cache") = false);
+  m.def("check_backward", &py_check_backward, FA_BACKWARD);
+  m.def("group_fields", &group_fields);
   m.def("backends", &py_backends);
+  m.def("feature_names", &feature_names);
+  m.def(
+      "unregister_backend", [](const std::string& name) { unregister_backend(name); }, nb::arg("name"));
+  m.def("workspace_works", &workspace_works, nb::arg("q"), nb::arg("bytes"));
   m.def("version", &version);
   m.def("cpu_isa", &cpu_isa);
   m.def("cpu_isas", &cpu_isas);

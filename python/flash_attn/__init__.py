@@ -12,10 +12,20 @@ __version__ = __upstream_version__
 
 import torch  # noqa: F401  # first: _C runs on the threads of the OpenMP runtime that torch loads
 
-from flash_attn._backend import Backend, backend, backends
+from flash_attn._backend import (
+    Backend,
+    Capabilities,
+    backends,
+    features,
+    register_backend,
+    unregister_backend,
+    use_backend,
+)
 from flash_attn._C import cpu_isa, cpu_isas, num_threads, set_num_threads
 from flash_attn._C import version as _version
+from flash_attn._errors import DeviceFailure, InternalError, InvalidArgument, InvalidType, NotServed, OutOfMemory
 from flash_attn._explain import Candidate, Explanation, explain
+from flash_attn._run import check_tables
 from flash_attn.flash_attn_interface import (
     flash_attn_func,
     flash_attn_kvpacked_func,
@@ -27,16 +37,26 @@ from flash_attn.flash_attn_interface import (
 )
 
 __plus_version__ = _version()
+backend = use_backend  # its name before there was register_backend
 
 __all__ = [
     "Backend",
     "Candidate",
+    "Capabilities",
+    "DeviceFailure",
     "Explanation",
+    "InternalError",
+    "InvalidArgument",
+    "InvalidType",
+    "NotServed",
+    "OutOfMemory",
     "backend",
     "backends",
+    "check_tables",
     "cpu_isa",
     "cpu_isas",
     "explain",
+    "features",
     "flash_attn_func",
     "flash_attn_kvpacked_func",
     "flash_attn_qkvpacked_func",
@@ -45,5 +65,8 @@ __all__ = [
     "flash_attn_varlen_qkvpacked_func",
     "flash_attn_with_kvcache",
     "num_threads",
+    "register_backend",
     "set_num_threads",
+    "unregister_backend",
+    "use_backend",
 ]

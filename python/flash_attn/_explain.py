@@ -7,8 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flash_attn import _C, _ops
-from flash_attn._options import options
+from flash_attn import _C, _run
+from flash_attn._backend import current
+from flash_attn._call import Dropout, Run, Sequences, check_tensors, extended, scores_of
+from flash_attn._tensors import empty_lse, empty_out
 
 
 class Candidate(NamedTuple):
@@ -31,6 +33,7 @@ class Explanation(NamedTuple):
         return "\n".join(lines)
 
 
+@extended
 def explain(
     q: Tensor,
     k: Tensor,
@@ -48,24 +51,26 @@ def explain(
     deterministic: bool = False,
     block_table: Tensor | None = None,
     *,
-    learnable_sink: Tensor | None = None,
-    attn_bias: Tensor | None = None,
+    seqused_k: Tensor | None = None,
     backward: bool = False,
+    **extensions,
 ) -> Explanation:
-    """The arguments of flash_attn_func, or of flash_attn_varlen_func; `backward`: of its gradient instead."""
-    _ops.check_tensors(q=q, k=k, v=v)
-    left, right = _ops.window(window_size)
-    opts = options(
-        softmax_scale, causal, left, right, softcap, alibi_slopes, attn_bias, learnable_sink, cu_seqlens_q,
-        cu_seqlens_k, max_seqlen_q, max_seqlen_k, None, None, block_table, dropout_p, deterministic=deterministic,
-    )  # fmt: skip
-    out, lse = _ops.empty_out(q, v), _ops.empty_lse(q)
+    """The arguments of flash_attn_func, or of flash_attn_varlen_func; `seqused_k` (batch): of a KV cache; `backward`:
+    of the gradient instead."""
+    check_tensors(q=q, k=k, v=v)
+    scores = scores_of(softmax_scale, causal, window_size, softcap, alibi_slopes, extensions)
+    sequences = Sequences(
+        cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k=seqused_k, block_table=block_table
+    )
+    groups = (sequences, scores, Dropout(dropout_p), Run(current(), None, deterministic))
+    out, lse = empty_out(q, v), empty_lse(q)
     if backward:
-        extensions = (attn_bias, learnable_sink)
-        gradients = [None if x is None else torch.empty_like(x, dtype=torch.float32) for x in extensions]
+        extras = (scores.attn_bias, scores.learnable_sink)
+        gradients = [None if x is None else torch.empty_like(x, dtype=torch.float32) for x in extras]
         inputs = [torch.empty_like(x) for x in (q, k, v)]
-        answer = _C.explain_backward(torch.empty_like(out), q, k, v, out, lse, *inputs, None, *gradients, opts)
+        call = (torch.empty_like(out), q, k, v, out, lse, *inputs, None, *gradients, *groups)
+        answer = _run.explain(_C.explain_backward, *call)
     else:
-        answer = _C.explain_forward(q, k, v, out, lse, opts)
+        answer = _run.explain(_C.explain_forward, q, k, v, out, lse, *groups)
     problem, candidates, plan = answer
     return Explanation(problem, [Candidate(*c) for c in candidates], plan)

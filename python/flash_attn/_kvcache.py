@@ -4,73 +4,70 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.profiler import record_function
 
-from flash_attn import _C, _ops
-from flash_attn._options import options
+from flash_attn import _run
+from flash_attn._attention import OF_SCORES, OF_SEQUENCES, check_constants, plain_numbers
+from flash_attn._backend import current
+from flash_attn._call import NewKeys, Rotary, Run, Scores, Sequences, check_tensors, extended, scores_of
+from flash_attn._errors import InvalidArgument, InvalidType
+from flash_attn._flops import cache_flops
+from flash_attn._library import declare, define, pick
+from flash_attn._refusal import refuse_gradient
+from flash_attn._tensors import empty_lse, empty_out, is_plain
 
-
-def _run(
-    q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, cache_seqlens, cache_batch_idx, cache_leftpad, block_table,
-    softmax_scale, causal, window_size_left, window_size_right, softcap, rotary_interleaved, alibi_slopes,
-    learnable_sink, attn_bias, cu_seqlens_q, max_seqlen_q, cu_seqlens_k_new, rotary_positions, lse,
-):  # fmt: skip
-    """-> out; writes `lse` unless it is None."""
-    out = _ops.empty_out(q, v_cache)
-    _C.forward_with_cache(
-        q, k_cache, v_cache, out, lse, k, v, cu_seqlens_k_new, cache_batch_idx, rotary_cos, rotary_sin,
-        rotary_interleaved, rotary_positions,
-        options(
-            softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes, attn_bias,
-            learnable_sink, cu_seqlens_q, None, max_seqlen_q, None, cache_seqlens, cache_leftpad, block_table,
-        ),
-    )  # fmt: skip
-    return out
+_NO_KEYS, _NO_ROTARY = NewKeys(), Rotary()
 
 
-_TAIL = (
-    "Tensor? cache_seqlens, Tensor? cache_batch_idx, Tensor? cache_leftpad, Tensor? block_table, float? softmax_scale, "
-    "bool causal, SymInt window_size_left, SymInt window_size_right, float softcap, bool rotary_interleaved, "
-    "Tensor? alibi_slopes, Tensor? learnable_sink, Tensor? attn_bias, Tensor? cu_seqlens_q, SymInt? max_seqlen_q, "
-    "Tensor? cu_seqlens_k_new, Tensor? rotary_positions) -> (Tensor, Tensor)"
+def _attend(q, k_cache, v_cache, sequences, scores, new_keys, rotary, wants_lse):
+    """-> out, softmax_lse or None."""
+    out = empty_out(q, v_cache)
+    lse = empty_lse(q) if wants_lse else None
+    _run.forward(q, k_cache, v_cache, out, lse, sequences, scores, None, Run(current()), new_keys, rotary, cache=True)
+    return out, lse
+
+
+def _unnamed(group, prefix: str, call: dict):
+    """A group of those arguments of an operator that have a prefix: `k` alone would mean two things."""
+    return group(**{name: call[f"{prefix}_{name}"] for name in group._fields if f"{prefix}_{name}" in call})
+
+
+def _operator(call: dict):
+    new_keys, rotary = _unnamed(NewKeys, "new", call), _unnamed(Rotary, "rotary", call)
+    sequences, scores = pick(Sequences, call), pick(Scores, call)
+    return _attend(call["q"], call["k_cache"], call["v_cache"], sequences, scores, new_keys, rotary, True)
+
+
+def _fake(call: dict):
+    return empty_out(call["q"], call["v_cache"]), empty_lse(call["q"])
+
+
+_GROUPS = f"{declare(Sequences, required=True)}, {declare(Scores, required=True)}"
+define(
+    f"_flash_attn_kvcache_forward(Tensor q, Tensor k_cache, Tensor v_cache, {_GROUPS}) -> (Tensor, Tensor)",
+    _operator,
+    _fake,
+    cache_flops,
+)
+define(
+    "_flash_attn_kvcache_append(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor? new_k, Tensor? new_v, "
+    "Tensor? new_cu_seqlens, Tensor? rotary_cos, Tensor? rotary_sin, bool rotary_interleaved, "
+    f"Tensor? rotary_positions, {_GROUPS}) -> (Tensor, Tensor)",
+    _operator,
+    _fake,
+    cache_flops,
 )
 
 
-@torch.library.custom_op(
-    "flash_attn::_flash_attn_kvcache_forward",
-    mutates_args=(),
-    schema=f"(Tensor q, Tensor k_cache, Tensor v_cache, {_TAIL}",
-)
-def _forward_op(q, k_cache, v_cache, *rest):
-    lse = _ops.empty_lse(q)
-    return _run(q, k_cache, v_cache, None, None, None, None, *rest, lse), lse
-
-
-@torch.library.custom_op(
-    "flash_attn::_flash_attn_kvcache_append",
-    mutates_args=("k_cache", "v_cache"),
-    schema="(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor? k, Tensor? v, Tensor? rotary_cos, "
-    f"Tensor? rotary_sin, {_TAIL}",
-)
-def _append_op(q, k_cache, v_cache, *rest):
-    lse = _ops.empty_lse(q)
-    return _run(q, k_cache, v_cache, *rest, lse), lse
-
-
-@_forward_op.register_fake
-@_append_op.register_fake
-def _(q, k_cache, v_cache, *rest):
-    return _ops.empty_out(q, v_cache), _ops.empty_lse(q)
-
-
-def _as_lengths(cache_seqlens, q: Tensor, cu_seqlens_q: Tensor | None) -> Tensor | None:
+def _used(cache_seqlens) -> tuple[Tensor | None, int | None]:
+    """-> seqused_k, used_k: a table, or one number for all sequences."""
     if cache_seqlens is None or isinstance(cache_seqlens, Tensor):
-        return cache_seqlens
+        return cache_seqlens, None
     if not isinstance(cache_seqlens, int) and not hasattr(cache_seqlens, "__index__"):
-        raise TypeError(f"cache_seqlens: expected an int or a torch.Tensor, got {type(cache_seqlens).__name__}")
-    if not -(2**31) <= cache_seqlens < 2**31:
-        raise ValueError(f"cache_seqlens: expected an integer of 32 bits, got {cache_seqlens}")
-    batch = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.numel() - 1
-    return torch.full((batch,), cache_seqlens, dtype=torch.int32, device=q.device)
+        raise InvalidType(f"cache_seqlens: expected an int or a torch.Tensor, got {type(cache_seqlens).__name__}")
+    if cache_seqlens < 0:
+        raise InvalidArgument(f"cache_seqlens: expected at least 0, got {cache_seqlens}")
+    return None, cache_seqlens
 
 
 def _note_write(cache: Tensor) -> None:
@@ -79,6 +76,26 @@ def _note_write(cache: Tensor) -> None:
         torch.autograd.graph.increment_version(cache)
 
 
+def _eager(q, k_cache, v_cache, sequences, scores, new_keys, rotary, wants_lse):
+    results = _attend(q, k_cache, v_cache, sequences, scores, new_keys, rotary, wants_lse)
+    if new_keys.k is not None:
+        _note_write(k_cache)
+        _note_write(v_cache)
+    return results
+
+
+def _traced(q, k_cache, v_cache, sequences, scores, new_keys, rotary):
+    groups = (*plain_numbers(sequences, OF_SEQUENCES), *plain_numbers(scores, OF_SCORES))
+    ops = torch.ops.flash_attn
+    joins = new_keys.k is not None or new_keys.v is not None or new_keys.cu_seqlens is not None
+    rotates = rotary.cos is not None or rotary.sin is not None or rotary.positions is not None
+    with torch.no_grad():  # not detached: Inductor (torch 2.13) loses writes to detached views of one tensor
+        if joins or rotates:
+            return ops._flash_attn_kvcache_append(q, k_cache, v_cache, *new_keys, *rotary, *groups)
+        return ops._flash_attn_kvcache_forward(q, k_cache, v_cache, *groups)
+
+
+@extended
 def flash_attn_with_kvcache(
     q,
     k_cache,
@@ -100,12 +117,11 @@ def flash_attn_with_kvcache(
     num_splits=0,
     return_softmax_lse=False,
     *,
-    learnable_sink=None,
-    attn_bias=None,
     cu_seqlens_q: Tensor | None = None,
     max_seqlen_q: int | None = None,
     cu_seqlens_k_new: Tensor | None = None,
     rotary_positions: Tensor | None = None,
+    **extensions,
 ):
     """Attention over a KV cache that new keys and values join first, in place. Not differentiable.
 
@@ -126,27 +142,34 @@ def flash_attn_with_kvcache(
     (batch, nheads, seqlen_q) or (nheads, total_q). The causal mask aligns at the bottom right of all keys, the new
     ones included. A malformed call raises before anything is written; so do two sequences that would write one row.
     """
-    _ops.check_tensors(q=q, k_cache=k_cache, v_cache=v_cache)
+    check_tensors(q=q, k_cache=k_cache, v_cache=v_cache)
     if cu_seqlens_q is not None:
-        _ops.check_tensors(cu_seqlens_q=cu_seqlens_q)
-    left, right = _ops.window(window_size)
-    writes = k is not None or v is not None
-    settings = (
-        _as_lengths(cache_seqlens, q, cu_seqlens_q), cache_batch_idx, cache_leftpad, block_table, softmax_scale, causal,
-        left, right, softcap, bool(rotary_interleaved), alibi_slopes, learnable_sink, attn_bias, cu_seqlens_q,
-        max_seqlen_q, cu_seqlens_k_new, rotary_positions,
-    )  # fmt: skip
-    if _ops.is_plain(q, k_cache, v_cache):
-        lse = _ops.empty_lse(q) if return_softmax_lse else None
-        out = _run(q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, *settings, lse)
-        if writes:
-            _note_write(k_cache)
-            _note_write(v_cache)
+        check_tensors(cu_seqlens_q=cu_seqlens_q)
+    scores = scores_of(softmax_scale, causal, window_size, softcap, alibi_slopes, extensions)
+    seqused_k, used_k = _used(cache_seqlens)
+    sequences = Sequences(
+        cu_seqlens_q, None, max_seqlen_q, None, None, seqused_k, used_k, cache_leftpad, cache_batch_idx, block_table
+    )
+    new_keys, rotary = _NO_KEYS, _NO_ROTARY
+    if k is not None or v is not None or cu_seqlens_k_new is not None:
+        new_keys = NewKeys(k, v, cu_seqlens_k_new)
+    if rotary_cos is not None or rotary_sin is not None or rotary_positions is not None:
+        rotary = Rotary(rotary_cos, rotary_sin, bool(rotary_interleaved), rotary_positions)
+
+    call = (q, k_cache, v_cache, sequences, scores, new_keys, rotary)
+    if not is_plain(q, k_cache, v_cache):
+        out, lse = _traced(*call)
+    elif torch.autograd._profiler_enabled():
+        with record_function("flash_attn_with_kvcache"):
+            out, lse = _eager(*call, return_softmax_lse)
     else:
-        ops = torch.ops.flash_attn
-        with torch.no_grad():  # not detached: Inductor (torch 2.13) loses writes to detached views of one tensor
-            if writes or rotary_cos is not None or rotary_sin is not None:
-                out, lse = ops._flash_attn_kvcache_append(q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, *settings)
-            else:
-                out, lse = ops._flash_attn_kvcache_forward(q, k_cache, v_cache, *settings)
+        out, lse = _eager(*call, return_softmax_lse)
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        check_constants(scores)
+        inputs = (q, k, v, scores.learnable_sink, scores.attn_bias, rotary_cos, rotary_sin)
+        caches = (k_cache, v_cache)
+        words = "flash_attn_with_kvcache has no derivative: use flash_attn_func or flash_attn_varlen_func"
+        if lse is None:
+            return refuse_gradient(words, out, inputs, caches)
+        out, lse = refuse_gradient(words, (out, lse), inputs, caches)
     return (out, lse) if return_softmax_lse else out

@@ -1,186 +1,105 @@
-"""The torch.library operators flash_attn::_flash_attn_{,varlen_}{forward,backward}, for every device.
+"""The torch.library operators flash_attn::_flash_attn_*, for every device.
 
-Their schemas are upstream's; what the forward can do beyond them comes last. The gradients of our functions have an
-operator of their own, flash_attn::_flash_attn_gradients. Eager calls on plain tensors go straight to the compiled core,
-calls that somebody traces (torch.compile, export, fake tensors) go through the dispatcher.
+The forwards and backwards have upstream's schemas; what ours can do beyond them comes last. The gradients of our own
+functions have an operator that returns them, flash_attn::_flash_attn_gradients: a compiler need not know about writes.
 """
 
 from __future__ import annotations
 
-import numbers
-
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from flash_attn import _C
-from flash_attn._options import options
-from flash_attn._s_dmask import empty_s_dmask, round_multiple, s_dmask, sequence_of_rows
+from flash_attn import _attention, _run
+from flash_attn._backend import current
+from flash_attn._call import FIXED, NO_DROPOUT, Dropout, Run, Scores, Sequences
+from flash_attn._errors import InvalidArgument
+from flash_attn._flops import backward_flops, forward_flops
+from flash_attn._library import declare, define, pick
+from flash_attn._s_dmask import empty_s_dmask, round_multiple, sequence_of_rows
+from flash_attn._tensors import empty_extras, empty_gradients, empty_lse, empty_out
 
-_PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
-_is_compiling = torch.compiler.is_compiling
-_dispatch_modes = torch._C._len_torch_dispatch_stack
-_functorch_active = torch._C._are_functorch_transforms_active
-_tracing_state = torch._C._get_tracing_state
+# ---- Forward ---------------------------------------------------------------------------------------------------------
 
-
-def is_plain(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether these are ordinary tensors with memory, and nobody watches what is done with them."""
-    return (
-        not _is_compiling()
-        and type(q) in _PLAIN_TYPES
-        and type(k) in _PLAIN_TYPES
-        and type(v) in _PLAIN_TYPES
-        and not q.is_meta
-        and not _dispatch_modes()
-        and not _functorch_active()
-        and _tracing_state() is None
-        and forward_ad._current_level < 0
-    )
-
-
-def check_tensors(**tensors) -> None:
-    for name, x in tensors.items():
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
-
-
-def empty_out(q: Tensor, v: Tensor) -> Tensor:
-    """Memory for out, (..., nheads, headdim_v). Malformed ranks get some memory too: the core says what is wrong."""
-    if v.dim() == 0 or q.dim() == 0 or v.shape[-1] == q.shape[-1]:
-        return torch.empty_like(q)
-    return q.new_empty((*q.shape[:-1], v.shape[-1]))
-
-
-def empty_lse(q: Tensor) -> Tensor:
-    """Memory for softmax_lse: (batch, nheads, seqlen_q), or (nheads, total_q) of packed sequences."""
-    if q.dim() == 4:
-        return torch.empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32, device=q.device)
-    return torch.empty((q.shape[1], q.shape[0]) if q.dim() == 3 else (0,), dtype=torch.float32, device=q.device)
-
-
-def default_scale(q: Tensor) -> float:
-    return q.shape[-1] ** -0.5 if q.dim() and q.shape[-1] else 1.0
-
-
-def window(window_size) -> tuple:
-    """-> left, right."""
-    try:
-        left, right = window_size
-    except (TypeError, ValueError):
-        raise ValueError(f"window_size: expected two integers (left, right), got {window_size!r}") from None
-    return left, right
-
-
-def draw_rng_state(q: Tensor) -> Tensor:
-    """(seed, offset) of a dropout mask, from torch's generator of the device: torch.manual_seed repeats it."""
-    return torch.randint(2**63 - 1, (2,), dtype=torch.int64, device=q.device)
-
-
-def _seed_and_offset(dropout_p: float, rng_state: Tensor | None) -> tuple[int, int]:
-    if dropout_p == 0.0:
-        return 0, 0
-    if rng_state is None:
-        raise ValueError("rng_state: expected the forward's (seed, offset) where dropout_p > 0, got None")
-    seed, offset = rng_state.tolist()
-    return seed, offset
-
-
-def _run_forward(q, k, v, dropout_p, return_softmax, scores, sequences, rng_state=None):
-    """-> out, softmax_lse, S_dmask, rng_state."""
-    if not isinstance(dropout_p, numbers.Real):
-        raise TypeError(f"dropout_p: expected a number, got {type(dropout_p).__name__}")
-    dropout_p = float(dropout_p)
-    if rng_state is None:
-        rng_state = draw_rng_state(q) if dropout_p > 0 else torch.zeros((2,), dtype=torch.int64, device=q.device)
-    else:
-        rng_state = rng_state.clone()
-    seed, offset = _seed_and_offset(dropout_p, rng_state)
-    out, lse = empty_out(q, v), empty_lse(q)
-    _C.forward(q, k, v, out, lse, options(*scores, *sequences, dropout_p, seed, offset))
-    if return_softmax and dropout_p > 0:
-        return out, lse, s_dmask(q, k, scores, sequences, (dropout_p, seed, offset)), rng_state
-    return out, lse, q.new_empty((0,)), rng_state
-
-
-def _run_backward(tensors, scores, sequences, dropout_p, rng_state, deterministic, backend=None) -> None:
-    """`tensors`: dout, q, k, v, out, softmax_lse, dq, dk, dv, dlse, dbias, dsink."""
-    seed, offset = _seed_and_offset(dropout_p, rng_state)
-    _C.backward(*tensors, options(*scores, *sequences, dropout_p, seed, offset, backend, deterministic))
-
-
-def _fake_forward(q, v, dropout_p, return_softmax, batch, max_seqlen_q, max_seqlen_k):
-    with_mask = return_softmax and dropout_p > 0
-    mask = empty_s_dmask(q, batch, q.shape[-2], max_seqlen_q, max_seqlen_k) if with_mask else q.new_empty((0,))
-    return empty_out(q, v), empty_lse(q), mask, torch.empty((2,), dtype=torch.int64, device=q.device)
-
-
+_FORWARD = "Tensor q, Tensor k, Tensor v, "
+_UPSTREAMS_SCORES = ("softmax_scale", "causal", "window_size_left", "window_size_right", "softcap", "alibi_slopes")
+_UPSTREAMS_SEQUENCES = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "block_table", "leftpad_k",
+                        "seqused_k")  # fmt: skip
 # rng_state: of the mask, instead of one that the operator draws. In a traced graph the draw is then an operator that
 # compilers know as random: two calls are not merged into one, and recomputing one repeats its mask.
 _FORWARD_TAIL = (
-    "Tensor? attn_bias=None, Tensor? learnable_sink=None, Tensor? rng_state=None) -> (Tensor, Tensor, Tensor, Tensor)"
+    f"{declare(Scores, without=_UPSTREAMS_SCORES)}, Tensor? rng_state=None) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 
 
-@torch.library.custom_op(
-    "flash_attn::_flash_attn_forward",
-    mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, float dropout_p, float softmax_scale, bool causal, SymInt window_size_left, "
+def _sequences(call: dict) -> Sequences:
+    """A negative length stands for None: upstream's schema wants an integer."""
+    sequences = pick(Sequences, call) if "cu_seqlens_q" in call else FIXED
+    for name in ("max_seqlen_q", "max_seqlen_k"):
+        if (getattr(sequences, name) or 0) < 0:
+            sequences = sequences._replace(**{name: None})
+    return sequences
+
+
+def _forward(call: dict):
+    """-> out, softmax_lse, S_dmask, rng_state."""
+    q, p = call["q"], call["dropout_p"]
+    given = call["rng_state"]
+    rng_state = given.clone() if given is not None else None  # results are no inputs
+    out, lse, S_dmask, rng_state, _ = _attention.forward(
+        q, call["k"], call["v"], _sequences(call), pick(Scores, call), p, Run(current()), True,
+        call["return_softmax"], rng_state,
+    )  # fmt: skip
+    if rng_state is None:  # zeros are a kernel on a device: there nobody reads them, as upstream's are not set either
+        make = torch.zeros if q.device.type == "cpu" else torch.empty
+        rng_state = make((2,), dtype=torch.int64, device=q.device)
+    return out, lse, S_dmask.clone() if S_dmask.numel() == 0 else S_dmask, rng_state
+
+
+def _fake_forward(call: dict):
+    q, k = call["q"], call["k"]
+    if call["return_softmax"] and call["dropout_p"] > 0:
+        if "cu_seqlens_q" in call:
+            seqlens = call["max_seqlen_q"], call["max_seqlen_k"]
+            if min(seqlens) < 0:
+                raise InvalidArgument("max_seqlen_q, max_seqlen_k: required where S_dmask is traced")
+            mask = empty_s_dmask(q, call["cu_seqlens_q"].numel() - 1, q.shape[-2], *seqlens)
+        else:
+            mask = empty_s_dmask(q, q.shape[0], q.shape[-2], q.shape[1], k.shape[1])
+    else:
+        mask = q.new_empty((0,))
+    return empty_out(q, call["v"]), empty_lse(q), mask, torch.empty((2,), dtype=torch.int64, device=q.device)
+
+
+define(
+    f"_flash_attn_forward({_FORWARD}float dropout_p, float softmax_scale, bool causal, SymInt window_size_left, "
     f"SymInt window_size_right, float softcap, Tensor? alibi_slopes, bool return_softmax, {_FORWARD_TAIL}",
+    _forward,
+    _fake_forward,
+    forward_flops,
 )
-def _forward_op(
-    q, k, v, dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes,
-    return_softmax, attn_bias=None, learnable_sink=None, rng_state=None,
-):  # fmt: skip
-    window = (window_size_left, window_size_right)
-    scores = (softmax_scale, causal, *window, softcap, alibi_slopes, attn_bias, learnable_sink)
-    return _run_forward(q, k, v, dropout_p, return_softmax, scores, (None,) * 7, rng_state)
-
-
-@_forward_op.register_fake
-def _(
-    q, k, v, dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes,
-    return_softmax, attn_bias=None, learnable_sink=None, rng_state=None,
-):  # fmt: skip
-    return _fake_forward(q, v, dropout_p, return_softmax, q.shape[0], q.shape[1], k.shape[1])
-
-
-@torch.library.custom_op(
-    "flash_attn::_flash_attn_varlen_forward",
-    mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, "
+# zero_tensors and num_splits say how to compute, not what: rows of no sequence are always zero here.
+define(
+    f"_flash_attn_varlen_forward({_FORWARD}Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, "
     "SymInt max_seqlen_k, float dropout_p, float softmax_scale, bool causal, SymInt window_size_left=-1, "
     "SymInt window_size_right=-1, float softcap=0.0, Tensor? alibi_slopes=None, bool return_softmax=False, "
     "Tensor? block_table=None, Tensor? leftpad_k=None, Tensor? seqused_k=None, bool zero_tensors=False, "
-    f"SymInt num_splits=0, {_FORWARD_TAIL}",
+    f"SymInt num_splits=0, {declare(Sequences, without=_UPSTREAMS_SEQUENCES)}, {_FORWARD_TAIL}",
+    _forward,
+    _fake_forward,
+    forward_flops,
 )
-def _varlen_forward_op(
-    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal,
-    window_size_left=-1, window_size_right=-1, softcap=0.0, alibi_slopes=None, return_softmax=False, block_table=None,
-    leftpad_k=None, seqused_k=None, zero_tensors=False, num_splits=0, attn_bias=None, learnable_sink=None,
-    rng_state=None,
-):  # fmt: skip
-    # zero_tensors and num_splits say how to compute, not what: rows of no sequence are always zero here.
-    window = (window_size_left, window_size_right)
-    scores = (softmax_scale, causal, *window, softcap, alibi_slopes, attn_bias, learnable_sink)
-    sequences = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k, leftpad_k, block_table)
-    return _run_forward(q, k, v, dropout_p, return_softmax, scores, sequences, rng_state)
+
+# ---- Backward --------------------------------------------------------------------------------------------------------
 
 
-@_varlen_forward_op.register_fake
-def _(
-    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal,
-    window_size_left=-1, window_size_right=-1, softcap=0.0, alibi_slopes=None, return_softmax=False, block_table=None,
-    leftpad_k=None, seqused_k=None, zero_tensors=False, num_splits=0, attn_bias=None, learnable_sink=None,
-    rng_state=None,
-):  # fmt: skip
-    return _fake_forward(q, v, dropout_p, return_softmax, cu_seqlens_q.numel() - 1, max_seqlen_q, max_seqlen_k)
-
-
-def _softmax_d(dout: Tensor, out: Tensor) -> Tensor:
-    """rowsum(dout * out), fp32, (batch, nheads, seqlen_q rounded up to 128): what the backward operators return."""
+def _fixed_softmax_d(dout: Tensor, out: Tensor) -> Tensor:
+    """sum(dout * out) per row, (batch, nheads, seqlen_q rounded up to 128): the fourth result of upstream's."""
     d = (dout.float() * out.float()).sum(-1).transpose(1, 2)
     return torch.nn.functional.pad(d, (0, round_multiple(d.shape[-1], 128) - d.shape[-1]))
+
+
+def softmax_d(dout: Tensor, out: Tensor, cu_seqlens_q: Tensor | None) -> Tensor:
+    return _fixed_softmax_d(dout, out) if cu_seqlens_q is None else _varlen_softmax_d(dout, out, cu_seqlens_q)
 
 
 def _varlen_softmax_d(dout: Tensor, out: Tensor, cu_seqlens_q: Tensor) -> Tensor:
@@ -191,72 +110,76 @@ def _varlen_softmax_d(dout: Tensor, out: Tensor, cu_seqlens_q: Tensor) -> Tensor
     return padded.index_copy_(1, rows + 128 * sequence, d)
 
 
-@torch.library.custom_op(
-    "flash_attn::_flash_attn_backward",
-    mutates_args=("dq", "dk", "dv"),
-    schema="(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse, Tensor(a!) dq, Tensor(b!) dk, "
-    "Tensor(c!) dv, float dropout_p, float softmax_scale, bool causal, SymInt window_size_left, "
-    "SymInt window_size_right, float softcap, Tensor? alibi_slopes, bool deterministic, Tensor? rng_state=None) "
-    "-> Tensor",
-)
-def _backward_op(
-    dout, q, k, v, out, softmax_lse, dq, dk, dv, dropout_p, softmax_scale, causal, window_size_left, window_size_right,
-    softcap, alibi_slopes, deterministic, rng_state=None,
-):  # fmt: skip
-    scores = (softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes, None, None)
-    tensors = (dout, q, k, v, out, softmax_lse, dq, dk, dv, None, None, None)
-    _run_backward(tensors, scores, (None,) * 7, dropout_p, rng_state, deterministic)
-    return _softmax_d(dout, out)
+def dropout_of(p: float, rng_state: Tensor | None) -> Dropout:
+    if p == 0.0:
+        return NO_DROPOUT
+    if rng_state is None:
+        raise InvalidArgument("rng_state: expected the forward's (seed, offset) where dropout_p > 0, got None")
+    return Dropout(p, rng_state)
 
 
-@_backward_op.register_fake
-def _(dout, q, *_, rng_state=None):
-    batch, seqlen_q, nheads = q.shape[:3]
-    return q.new_empty((batch, nheads, round_multiple(seqlen_q, 128)), dtype=torch.float32)
+def _backward(call: dict) -> Tensor:
+    """Writes dq, dk, dv; -> softmax_d."""
+    dout, out = call["dout"], call["out"]
+    _run.backward(
+        dout, *(call[n] for n in ("q", "k", "v")), out, *(call[n] for n in ("softmax_lse", "dq", "dk", "dv")), None,
+        None, None, _sequences(call), pick(Scores, call), dropout_of(call["dropout_p"], call["rng_state"]),
+        Run(current(), None, call["deterministic"]),
+    )  # fmt: skip
+    return softmax_d(dout, out, call.get("cu_seqlens_q"))
 
 
-@torch.library.custom_op(
-    "flash_attn::_flash_attn_varlen_backward",
-    mutates_args=("dq", "dk", "dv"),
-    schema="(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse, Tensor(a!) dq, Tensor(b!) dk, "
-    "Tensor(c!) dv, Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, "
+def _fake_backward(call: dict) -> Tensor:
+    q = call["q"]
+    if "cu_seqlens_q" in call:
+        shape = (q.shape[1], q.shape[0] + 128 * (call["cu_seqlens_q"].numel() - 1))
+    else:
+        shape = (q.shape[0], q.shape[2], round_multiple(q.shape[1], 128))
+    return q.new_empty(shape, dtype=torch.float32)
+
+
+_BACKWARD = "Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse, "
+_WRITTEN = "Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, "
+_BACKWARD_SCORES = (
     "float dropout_p, float softmax_scale, bool causal, SymInt window_size_left, SymInt window_size_right, "
-    "float softcap, Tensor? alibi_slopes, bool deterministic, Tensor? rng_state=None, bool zero_tensors=False) "
-    "-> Tensor",
+    "float softcap, Tensor? alibi_slopes, bool deterministic, Tensor? rng_state=None"
 )
-def _varlen_backward_op(
-    dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p,
-    softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes, deterministic, rng_state=None,
-    zero_tensors=False,
-):  # fmt: skip
-    scores = (softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes, None, None)
-    sequences = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, None, None, None)
-    tensors = (dout, q, k, v, out, softmax_lse, dq, dk, dv, None, None, None)
-    _run_backward(tensors, scores, sequences, dropout_p, rng_state, deterministic)
-    return _varlen_softmax_d(dout, out, cu_seqlens_q)
-
-
-@_varlen_backward_op.register_fake
-def _(dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, *_, rng_state=None, zero_tensors=False):
-    total_q, nheads = q.shape[:2]
-    return q.new_empty((nheads, total_q + 128 * (cu_seqlens_q.numel() - 1)), dtype=torch.float32)
-
-
-# What is written has no default: arguments that are theirs never arrive, and torch (2.11) asks for all it writes.
-@torch.library.custom_op(
-    "flash_attn::_flash_attn_gradients",
-    mutates_args=("dq", "dk", "dv", "dbias", "dsink"),
-    schema="(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse, Tensor(a!) dq, Tensor(b!) dk, "
-    "Tensor(c!) dv, Tensor? dlse, Tensor(d!)? dbias, Tensor(e!)? dsink, float softmax_scale, bool causal, "
-    "SymInt window_size_left, SymInt window_size_right, float softcap, Tensor? alibi_slopes, Tensor? attn_bias, "
-    "Tensor? learnable_sink, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt? max_seqlen_q, SymInt? max_seqlen_k, "
-    "float dropout_p, Tensor? rng_state, bool deterministic) -> ()",
+define(
+    f"_flash_attn_backward({_BACKWARD}{_WRITTEN}{_BACKWARD_SCORES}) -> Tensor",
+    _backward,
+    _fake_backward,
+    backward_flops,
 )
-def _gradients_op(*arguments):
-    tensors, scores, sequences = arguments[:12], arguments[12:20], arguments[20:24]
-    _run_backward(tensors, scores, (*sequences, None, None, None), *arguments[24:])
+define(
+    f"_flash_attn_varlen_backward({_BACKWARD}{_WRITTEN}Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, "
+    f"SymInt max_seqlen_k, {_BACKWARD_SCORES}, bool zero_tensors=False) -> Tensor",
+    _backward,
+    _fake_backward,
+    backward_flops,
+)
 
 
-@_gradients_op.register_fake
-def _(*_):
-    return None
+def _gradients(call: dict) -> list[Tensor]:
+    return _attention.gradients(
+        *(call[n] for n in ("dout", "q", "k", "v", "out", "softmax_lse", "dlse", "packing")), _sequences(call),
+        pick(Scores, call), pick(Dropout, call), Run(current(), None, call["deterministic"]), call["wants_dsink"],
+        call["wants_dbias"],
+    )  # fmt: skip
+
+
+def _fake_gradients(call: dict) -> list[Tensor]:
+    scores = pick(Scores, call)
+    results, _ = empty_gradients(call["q"], call["k"], call["v"], call["packing"])
+    extras = empty_extras(scores, call["wants_dsink"], call["wants_dbias"])
+    originals = (scores.learnable_sink, scores.attn_bias)
+    return [*results, *(x.to(y.dtype) for x, y in zip(extras, originals, strict=True) if x is not None)]
+
+
+define(
+    f"_flash_attn_gradients({_BACKWARD}Tensor? dlse, int packing, {declare(Sequences, required=True)}, "
+    f"{declare(Scores, required=True)}, {declare(Dropout, required=True)}, bool deterministic, bool wants_dsink, "
+    "bool wants_dbias) -> Tensor[]",
+    _gradients,
+    _fake_gradients,
+    backward_flops,
+)

@@ -9,10 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flash_attn import _C
-from flash_attn._options import options
+from flash_attn import _run
+from flash_attn._call import Dropout, Run, Scores, Sequences
+from flash_attn._errors import InvalidArgument, NotServed
 
-_EQUAL_SCORES = (1.0, False, -1, -1, 0.0, None, None, None)
+_EQUAL_SCORES = Scores(softmax_scale=1.0)
 
 
 def round_multiple(x: int, m: int) -> int:
@@ -43,35 +44,36 @@ def _one_hot_values(k: Tensor, cu_seqlens_k: Tensor | None, leftpad_k: Tensor | 
     return one_hot.unsqueeze(-2).expand(*k.shape[:-1], seqlen_k)
 
 
-def s_dmask(q: Tensor, k: Tensor, scores: tuple, sequences: tuple, dropout: tuple[float, int, int]) -> Tensor:
+def s_dmask(q: Tensor, k: Tensor, sequences: Sequences, scores: Scores, dropout: Dropout, run: Run) -> Tensor:
     """+-exp(score - the row's largest) in the dtype of q, negative where dropped; 0 where a row does not see."""
-    cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, _, leftpad_k, block_table = sequences
-    if block_table is not None:
-        raise NotImplementedError("return_attn_probs: S_dmask is not available with block_table")
-    packed = cu_seqlens_q is not None
-    seqlen_q, seqlen_k = (max_seqlen_q, max_seqlen_k) if packed else (q.shape[1], k.shape[1])
-    batch = cu_seqlens_q.numel() - 1 if packed else q.shape[0]
+    if sequences.block_table is not None:
+        raise NotServed("return_attn_probs: S_dmask is not available with block_table")
+    packed = sequences.cu_seqlens_q is not None
+    if packed and (sequences.max_seqlen_q is None or sequences.max_seqlen_k is None):
+        raise InvalidArgument("max_seqlen_q, max_seqlen_k: required where S_dmask is asked for")
+    seqlen_q, seqlen_k = (sequences.max_seqlen_q, sequences.max_seqlen_k) if packed else (q.shape[1], k.shape[1])
+    batch = sequences.cu_seqlens_q.numel() - 1 if packed else q.shape[0]
     result = empty_s_dmask(q, batch, q.shape[-2], seqlen_q, seqlen_k).zero_()
     if result.numel() == 0:
         return result
 
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     q, k = q.to(wide), k.to(wide)
-    v = _one_hot_values(k, cu_seqlens_k, leftpad_k, seqlen_k)
+    v = _one_hot_values(k, sequences.cu_seqlens_k, sequences.leftpad_k, seqlen_k)
 
     def attend(q, k, scores, dropout):
         out = q.new_empty((*q.shape[:-1], seqlen_k))
-        _C.forward(q, k, v, out, None, options(*scores, *sequences, *dropout))
+        _run.forward(q, k, v, out, None, sequences, scores, dropout, run)
         return out
 
-    p = attend(q, k, scores, (0.0, 0, 0))
+    p = attend(q, k, scores, None)
     kept = attend(torch.zeros_like(q), torch.zeros_like(k), _EQUAL_SCORES, dropout) > 0
     p /= p.amax(-1, keepdim=True).clamp_min(torch.finfo(wide).tiny)
     signed = torch.where(kept, p, -p).transpose(-3, -2)  # (..., nheads, rows, seqlen_k)
     if not packed:
         result[:, :, :seqlen_q, :seqlen_k] = signed
         return result
-    starts = cu_seqlens_q.tolist()
+    starts = sequences.cu_seqlens_q.tolist()
     for b, (first, end) in enumerate(zip(starts[:-1], starts[1:], strict=True)):
         result[b, :, : end - first, :seqlen_k] = signed[:, first:end]
     return result

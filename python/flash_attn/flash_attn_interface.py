@@ -1,32 +1,27 @@
 """The functions of FlashAttention-2: upstream's names, signatures and results, on whatever hardware there is.
 
-Beyond upstream: fp32 (and fp64 on the oracle), any headdim, softmax_lse is differentiable, and two keyword-only
+Beyond upstream: fp32 (and fp64 on the oracle), any headdim, softmax_lse is differentiable, and three keyword-only
 arguments on every function:
 
-    learnable_sink  (nheads): one more logit in each row's denominator
-    attn_bias       (batch|1, nheads|1, seqlen_q|1, seqlen_k): added to the scores after softcap and ALiBi
-
-A call that needs no gradient and that nobody traces goes straight to the compiled core: that is the short way at the
-head of each function.
+    learnable_sink   (nheads): one more logit in each row's denominator
+    attn_bias        (batch|1, nheads|1, seqlen_q|1, seqlen_k): added to the scores after softcap and ALiBi
+    attention_chunk  a query sees keys of its own chunk of that many positions only (FlashAttention-3's); 0: off
 """
 
 from __future__ import annotations
 
+import inspect
+import types
+
 import torch
 from torch import Tensor
 
-from flash_attn import _C, _ops
-from flash_attn._autograd import (
-    FlashAttnFunc,
-    FlashAttnKVPackedFunc,
-    FlashAttnQKVPackedFunc,
-    FlashAttnVarlenFunc,
-    FlashAttnVarlenKVPackedFunc,
-    FlashAttnVarlenQKVPackedFunc,
-)
-from flash_attn._backend import current
+from flash_attn import _flash_attn_gpu as flash_attn_gpu  # noqa: F401
+from flash_attn import _ops  # noqa: F401  # defines torch.ops.flash_attn
+from flash_attn._attention import attention
+from flash_attn._call import FIXED, Sequences, check_tensors, extended, scores_of
+from flash_attn._errors import InvalidArgument
 from flash_attn._kvcache import flash_attn_with_kvcache
-from flash_attn._ops import check_tensors
 from flash_attn._s_dmask import round_multiple
 
 __all__ = [
@@ -49,7 +44,6 @@ __all__ = [
 
 USE_TRITON_ROCM = False
 
-_grad_enabled = torch.is_grad_enabled
 _wrapped_flash_attn_forward = torch.ops.flash_attn._flash_attn_forward
 _wrapped_flash_attn_varlen_forward = torch.ops.flash_attn._flash_attn_varlen_forward
 _wrapped_flash_attn_backward = torch.ops.flash_attn._flash_attn_backward
@@ -181,58 +175,10 @@ def _check_packed(name: str, x: Tensor, ndim: int, parts: int) -> None:
     check_tensors(**{name: x})
     if x.dim() != ndim or x.shape[-3] != parts:
         shape = ("total" if ndim == 4 else "batch, seqlen") + f", {parts}, nheads, headdim"
-        raise ValueError(f"{name}: expected shape ({shape}), got {tuple(x.shape)}")
+        raise InvalidArgument(f"{name}: expected shape ({shape}), got {tuple(x.shape)}")
 
 
-def _distinct(*tensors) -> list:
-    """The same tensors. While Dynamo traces, it refuses to see one twice among the arguments of an autograd function
-    (cu_seqlens_q is cu_seqlens_k, k is v): the second becomes a view."""
-    if not torch.compiler.is_compiling():
-        return list(tensors)
-    distinct = []
-    for x in tensors:
-        for y in distinct:
-            if x is y:
-                x = x.view_as(x)
-                break
-        distinct.append(x)
-    return distinct
-
-
-def _needs_grad(learnable_sink, attn_bias, *inputs) -> bool:
-    if not _grad_enabled():
-        return False
-    for x in (*inputs, learnable_sink, attn_bias):
-        if getattr(x, "requires_grad", False):
-            return True
-    return False
-
-
-def _infer(
-    q, k, v, sequences, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
-    return_attn_probs, learnable_sink, attn_bias,
-):  # fmt: skip
-    """The short way. `sequences`: the seven options from cu_seqlens_q on (_options.py)."""
-    if dropout_p != 0.0:
-        scores = (softmax_scale, causal, *_ops.window(window_size), softcap, alibi_slopes, attn_bias, learnable_sink)
-        results = _ops._run_forward(q, k, v, dropout_p, return_attn_probs, scores, sequences)
-        return results[:3] if return_attn_probs else results[0]
-    out = _ops.empty_out(q, v)
-    lse = _ops.empty_lse(q) if return_attn_probs else None
-    left, right = _ops.window(window_size)
-    _C.forward(
-        q, k, v, out, lse,
-        (
-            softmax_scale, causal, left, right, softcap, alibi_slopes, attn_bias, learnable_sink, *sequences,
-            0.0, 0, 0, current(), deterministic,
-        ),
-    )  # fmt: skip
-    return (out, lse, q.new_empty((0,))) if return_attn_probs else out
-
-
-_FIXED = (None,) * 7
-
-
+@extended
 def flash_attn_qkvpacked_func(
     qkv,
     dropout_p=0.0,
@@ -243,26 +189,18 @@ def flash_attn_qkvpacked_func(
     alibi_slopes=None,
     deterministic=False,
     return_attn_probs=False,
-    *,
-    learnable_sink=None,
-    attn_bias=None,
+    **extensions,
 ):
     """qkv (batch, seqlen, 3, nheads, headdim) -> out (batch, seqlen, nheads, headdim); see flash_attn_func.
 
     The gradient is one dqkv, written in place of slices that would have to be stacked.
     """
     _check_packed("qkv", qkv, 5, 3)
-    if _ops.is_plain(qkv, qkv, qkv) and not _needs_grad(learnable_sink, attn_bias, qkv):
-        return _infer(
-            *qkv.unbind(2), _FIXED, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
-            deterministic, return_attn_probs, learnable_sink, attn_bias,
-        )  # fmt: skip
-    return FlashAttnQKVPackedFunc.apply(
-        qkv, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs,
-        _grad_enabled(), learnable_sink, attn_bias,
-    )  # fmt: skip
+    scores = scores_of(softmax_scale, causal, window_size, softcap, alibi_slopes, extensions)
+    return attention((qkv,), FIXED, scores, dropout_p, deterministic, return_attn_probs, "flash_attn_qkvpacked_func")
 
 
+@extended
 def flash_attn_kvpacked_func(
     q,
     kv,
@@ -274,24 +212,16 @@ def flash_attn_kvpacked_func(
     alibi_slopes=None,
     deterministic=False,
     return_attn_probs=False,
-    *,
-    learnable_sink=None,
-    attn_bias=None,
+    **extensions,
 ):
     """q (batch, seqlen_q, nheads, headdim), kv (batch, seqlen_k, 2, nheads_k, headdim) -> out; see flash_attn_func."""
     check_tensors(q=q)
     _check_packed("kv", kv, 5, 2)
-    if _ops.is_plain(q, kv, kv) and not _needs_grad(learnable_sink, attn_bias, q, kv):
-        return _infer(
-            q, *kv.unbind(2), _FIXED, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
-            deterministic, return_attn_probs, learnable_sink, attn_bias,
-        )  # fmt: skip
-    return FlashAttnKVPackedFunc.apply(
-        q, kv, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs,
-        _grad_enabled(), learnable_sink, attn_bias,
-    )  # fmt: skip
+    scores = scores_of(softmax_scale, causal, window_size, softcap, alibi_slopes, extensions)
+    return attention((q, kv), FIXED, scores, dropout_p, deterministic, return_attn_probs, "flash_attn_kvpacked_func")
 
 
+@extended
 def flash_attn_func(
     q,
     k,
@@ -304,9 +234,7 @@ def flash_attn_func(
     alibi_slopes=None,
     deterministic=False,
     return_attn_probs=False,
-    *,
-    learnable_sink=None,
-    attn_bias=None,
+    **extensions,
 ):
     """softmax(scale * q k^T + ...) v.
 
@@ -322,19 +250,11 @@ def flash_attn_func(
         key), and S_dmask, for tests: empty without dropout; with it (batch, nheads, seqlen_q, seqlen_k), both lengths
         rounded up to 128, in the dtype of q: exp(score - the row's largest), negative where it was dropped.
     """
-    if _ops.is_plain(q, k, v) and not _needs_grad(learnable_sink, attn_bias, q, k, v):
-        return _infer(
-            q, k, v, _FIXED, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
-            deterministic, return_attn_probs, learnable_sink, attn_bias,
-        )  # fmt: skip
-    check_tensors(q=q, k=k, v=v)
-    q, k, v = _distinct(q, k, v)
-    return FlashAttnFunc.apply(
-        q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
-        return_attn_probs, _grad_enabled(), learnable_sink, attn_bias,
-    )  # fmt: skip
+    scores = scores_of(softmax_scale, causal, window_size, softcap, alibi_slopes, extensions)
+    return attention((q, k, v), FIXED, scores, dropout_p, deterministic, return_attn_probs, "flash_attn_func")
 
 
+@extended
 def flash_attn_varlen_qkvpacked_func(
     qkv,
     cu_seqlens,
@@ -347,9 +267,7 @@ def flash_attn_varlen_qkvpacked_func(
     alibi_slopes=None,
     deterministic=False,
     return_attn_probs=False,
-    *,
-    learnable_sink=None,
-    attn_bias=None,
+    **extensions,
 ):
     """qkv (total, 3, nheads, headdim), cu_seqlens (batch + 1) int32 -> out (total, nheads, headdim).
 
@@ -357,18 +275,14 @@ def flash_attn_varlen_qkvpacked_func(
     """
     check_tensors(cu_seqlens=cu_seqlens)
     _check_packed("qkv", qkv, 4, 3)
-    if _ops.is_plain(qkv, qkv, qkv) and not _needs_grad(learnable_sink, attn_bias, qkv):
-        varlen = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, None, None, None)
-        return _infer(
-            *qkv.unbind(1), varlen, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
-            deterministic, return_attn_probs, learnable_sink, attn_bias,
-        )  # fmt: skip
-    return FlashAttnVarlenQKVPackedFunc.apply(
-        qkv, cu_seqlens, max_seqlen, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
-        deterministic, return_attn_probs, _grad_enabled(), learnable_sink, attn_bias,
-    )  # fmt: skip
+    sequences = Sequences(cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+    scores = scores_of(softmax_scale, causal, window_size, softcap, alibi_slopes, extensions)
+    return attention(
+        (qkv,), sequences, scores, dropout_p, deterministic, return_attn_probs, "flash_attn_varlen_qkvpacked_func"
+    )
 
 
+@extended
 def flash_attn_varlen_kvpacked_func(
     q,
     kv,
@@ -384,26 +298,19 @@ def flash_attn_varlen_kvpacked_func(
     alibi_slopes=None,
     deterministic=False,
     return_attn_probs=False,
-    *,
-    learnable_sink=None,
-    attn_bias=None,
+    **extensions,
 ):
     """q (total_q, nheads, headdim), kv (total_k, 2, nheads_k, headdim) -> out; see flash_attn_varlen_func."""
     check_tensors(q=q, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
     _check_packed("kv", kv, 4, 2)
-    if _ops.is_plain(q, kv, kv) and not _needs_grad(learnable_sink, attn_bias, q, kv):
-        varlen = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, None, None, None)
-        return _infer(
-            q, *kv.unbind(1), varlen, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
-            deterministic, return_attn_probs, learnable_sink, attn_bias,
-        )  # fmt: skip
-    cu_seqlens_q, cu_seqlens_k = _distinct(cu_seqlens_q, cu_seqlens_k)
-    return FlashAttnVarlenKVPackedFunc.apply(
-        q, kv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal, window_size,
-        softcap, alibi_slopes, deterministic, return_attn_probs, _grad_enabled(), learnable_sink, attn_bias,
-    )  # fmt: skip
+    sequences = Sequences(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    scores = scores_of(softmax_scale, causal, window_size, softcap, alibi_slopes, extensions)
+    return attention(
+        (q, kv), sequences, scores, dropout_p, deterministic, return_attn_probs, "flash_attn_varlen_kvpacked_func"
+    )
 
 
+@extended
 def flash_attn_varlen_func(
     q,
     k,
@@ -421,9 +328,7 @@ def flash_attn_varlen_func(
     deterministic=False,
     return_attn_probs=False,
     block_table=None,
-    *,
-    learnable_sink=None,
-    attn_bias=None,
+    **extensions,
 ):
     """Attention of sequences that lie one after another.
 
@@ -433,17 +338,45 @@ def flash_attn_varlen_func(
     (nheads, total_q). -> out (total_q, nheads, headdim).
     """
     check_tensors(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
-    if _ops.is_plain(q, k, v) and not _needs_grad(learnable_sink, attn_bias, q, k, v):
-        varlen = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, None, None, block_table)
-        return _infer(
-            q, k, v, varlen, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
-            return_attn_probs, learnable_sink, attn_bias,
-        )  # fmt: skip
-    check_tensors(q=q, k=k, v=v)
-    q, k, v = _distinct(q, k, v)
-    cu_seqlens_q, cu_seqlens_k = _distinct(cu_seqlens_q, cu_seqlens_k)
-    return FlashAttnVarlenFunc.apply(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal, window_size,
-        softcap, alibi_slopes, deterministic, return_attn_probs, block_table, _grad_enabled(), learnable_sink,
-        attn_bias,
-    )  # fmt: skip
+    sequences = Sequences(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table=block_table)
+    scores = scores_of(softmax_scale, causal, window_size, softcap, alibi_slopes, extensions)
+    return attention(
+        (q, k, v), sequences, scores, dropout_p, deterministic, return_attn_probs, "flash_attn_varlen_func"
+    )
+
+
+def _autograd_class(function, name: str, doc: str):
+    """Upstream's autograd class of a function: callers use `apply`, with upstream's positional arguments."""
+    upstreams = [p for p in inspect.signature(function).parameters.values() if p.kind is not p.KEYWORD_ONLY]
+    names = ["return_softmax" if p.name == "return_attn_probs" else p.name for p in upstreams] + ["is_grad_enabled"]
+
+    def apply(*values):
+        call = dict(zip(names, values, strict=True))
+        call["return_attn_probs"] = call.pop("return_softmax")
+        with torch.set_grad_enabled(call.pop("is_grad_enabled") and torch.is_grad_enabled()):
+            return function(**call)
+
+    def forward(ctx, *values):
+        return apply(*values)
+
+    forward.__signature__ = inspect.Signature(
+        [inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD) for n in ("ctx", *names)]
+    )
+    members = {"__doc__": doc, "__module__": __name__, "apply": staticmethod(apply), "forward": staticmethod(forward)}
+    return types.new_class(name, (torch.autograd.Function,), exec_body=lambda body: body.update(members))
+
+
+FlashAttnFunc = _autograd_class(flash_attn_func, "FlashAttnFunc", "See flash_attn_func.")
+FlashAttnKVPackedFunc = _autograd_class(
+    flash_attn_kvpacked_func, "FlashAttnKVPackedFunc", "See flash_attn_kvpacked_func."
+)
+FlashAttnQKVPackedFunc = _autograd_class(
+    flash_attn_qkvpacked_func, "FlashAttnQKVPackedFunc", "See flash_attn_qkvpacked_func."
+)
+FlashAttnVarlenFunc = _autograd_class(flash_attn_varlen_func, "FlashAttnVarlenFunc", "See flash_attn_varlen_func.")
+FlashAttnVarlenKVPackedFunc = _autograd_class(
+    flash_attn_varlen_kvpacked_func, "FlashAttnVarlenKVPackedFunc", "See flash_attn_varlen_kvpacked_func."
+)
+FlashAttnVarlenQKVPackedFunc = _autograd_class(
+    flash_attn_varlen_qkvpacked_func, "FlashAttnVarlenQKVPackedFunc", "See flash_attn_varlen_qkvpacked_func."
+)

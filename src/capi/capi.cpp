@@ -21,6 +21,7 @@ static_assert(FLASH_ATTN_TYPE_MISMATCH == static_cast<int>(ErrorCode::type_misma
 static_assert(FLASH_ATTN_NOT_SUPPORTED == static_cast<int>(ErrorCode::not_supported));
 static_assert(FLASH_ATTN_INTERNAL == static_cast<int>(ErrorCode::internal));
 static_assert(FLASH_ATTN_OUT_OF_MEMORY == static_cast<int>(ErrorCode::out_of_memory));
+static_assert(FLASH_ATTN_DEVICE_FAILURE == static_cast<int>(ErrorCode::device_failure));
 static_assert(FLASH_ATTN_F16 == static_cast<int>(DType::f16) && FLASH_ATTN_BF16 == static_cast<int>(DType::bf16) &&
               FLASH_ATTN_F32 == static_cast<int>(DType::f32) && FLASH_ATTN_F64 == static_cast<int>(DType::f64) &&
               FLASH_ATTN_I32 == static_cast<int>(DType::i32) && FLASH_ATTN_I64 == static_cast<int>(DType::i64));
@@ -76,7 +77,7 @@ template <>
 flash_attn_options defaults() {
   flash_attn_options o{};
   o.struct_size = sizeof o;
-  o.max_seqlen_q = o.max_seqlen_k = o.window_left = o.window_right = -1;
+  o.max_seqlen_q = o.max_seqlen_k = o.window_left = o.window_right = o.used_k = -1;
   return o;
 }
 
@@ -140,7 +141,8 @@ void read_options(const flash_attn_options* given, Call& call) {
                     .cache_batch_idx = tensor("cache_batch_idx", o.cache_batch_idx),
                     .block_table = tensor("block_table", o.block_table),
                     .max_seqlen_q = o.max_seqlen_q,
-                    .max_seqlen_k = o.max_seqlen_k};
+                    .max_seqlen_k = o.max_seqlen_k,
+                    .used_k = o.used_k};
   call.scores = {.causal = o.causal != 0,
                  .window_left = o.window_left,
                  .window_right = o.window_right,
@@ -150,10 +152,15 @@ void read_options(const flash_attn_options* given, Call& call) {
                  .bias = tensor("bias", o.bias),
                  .sink = tensor("sink", o.sink)};
   if (o.has_softmax_scale) call.scores.softmax_scale = o.softmax_scale;
-  call.dropout = {.p = o.dropout_p, .seed = o.dropout_seed, .offset = o.dropout_offset};
+  call.dropout = {.p = o.dropout_p,
+                  .seed = o.dropout_seed,
+                  .offset = o.dropout_offset,
+                  .state = tensor("dropout_state", o.dropout_state)};
   call.run = {.backend = o.backend ? o.backend : "",
               .positive_empty_lse = o.positive_empty_lse != 0,
-              .deterministic = o.deterministic != 0};
+              .deterministic = o.deterministic != 0,
+              .stream = o.stream,
+              .allocator = {o.allocator.allocate, o.allocator.release, o.allocator.context}};
 }
 
 Forward forward_call(const flash_attn_forward_args* given) {

@@ -115,7 +115,7 @@ void append_keys(const Problem& p, int64_t b, int64_t first, int64_t last) {
   const Sequence s = t.at(b);
   const int64_t batch = t.cu_seqlens_new ? 0 : b, start = t.cu_seqlens_new ? t.cu_seqlens_new[b] : 0;
   for (int64_t i = first; i < last; ++i) {
-    const int64_t row = t.seqused_k[b] + i, position = append.rotates() ? first_position(p, b) + i : -1;
+    const int64_t row = t.used(b) + i, position = append.rotates() ? first_position(p, b) + i : -1;
     const KeyRun at = s.key_run(row, t.page_size);
     with_type(p.dtype, [&](auto type) {
       using Type = decltype(type);
@@ -136,6 +136,26 @@ void rotate_queries(const Problem& p, const Operand& q, int64_t b, int64_t first
 }
 
 }  // namespace
+
+void append_all(const Problem& p, const Operand& q) {
+  for (int64_t i = 0, n = append_blocks(p); i < n; ++i) append_block(p, q, i);
+}
+
+RotatedQueries::RotatedQueries(const Problem& p) : q_(p.q) {
+  if (!p.append.rotates()) return;
+  const int64_t elements = p.batch_q * p.rows_q * p.nheads * p.headdim;
+  memory_ = std::make_unique_for_overwrite<char[]>(static_cast<std::size_t>(elements) * size_of(p.dtype));
+  q_.data = memory_.get();
+  q_.stride_col = 1, q_.stride_head = p.headdim, q_.stride_row = p.nheads * p.headdim;
+  q_.stride_batch = p.rows_q * q_.stride_row;
+}
+
+Problem RotatedQueries::attend_after(const Problem& p) const {
+  Problem rest = p;
+  rest.q = q_;
+  rest.append = {};
+  return rest;
+}
 
 int64_t append_blocks(const Problem& p) {
   return p.batch * (key_blocks(p) + (p.append.rotates() ? blocks_of(p.max_seqlen_q) : 0));

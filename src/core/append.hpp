@@ -1,6 +1,8 @@
 // New keys join a cache, and are rotated, as the queries are: what a call does before it attends.
 #pragma once
 
+#include <memory>
+
 #include "core/overlap.hpp"
 #include "core/problem.hpp"
 
@@ -16,7 +18,7 @@ void read_rotary(const Rotary& rotary, const NewKeys& keys, Memory& memory, Prob
 /// Where the first new key and the first query of a sequence stand, and whether later queries stand behind it: without
 /// a mask all stand there.
 inline int64_t first_position(const Problem& p, int64_t b) {
-  return p.append.positions ? p.append.positions[b] : p.sequences.seqused_k[b];
+  return p.append.positions ? p.append.positions[b] : p.sequences.used(b);
 }
 inline bool queries_advance(const Problem& p) { return !p.scores.mask.trivial(); }
 
@@ -24,5 +26,20 @@ inline bool queries_advance(const Problem& p) { return !p.scores.mask.trivial();
 /// p.append.rotates(), every query of a sequence, rotated, into `q` (as p.q, but for its strides).
 int64_t append_blocks(const Problem& p);
 void append_block(const Problem& p, const Operand& q, int64_t block);
+/// All blocks, one after the other.
+void append_all(const Problem& p, const Operand& q);
+
+/// The rotated queries of a Problem of the CPU: memory for them, of q's shape, and the Problem that reads them there.
+class RotatedQueries {
+ public:
+  explicit RotatedQueries(const Problem& p);
+  const Operand& operand() const { return q_; }
+  /// `p` without its append: what is left to do once all blocks are done.
+  Problem attend_after(const Problem& p) const;
+
+ private:
+  std::unique_ptr<char[]> memory_;
+  Operand q_;
+};
 
 }  // namespace flash_attn

@@ -1,6 +1,8 @@
 // The words of the checks.
 #include "core/check.hpp"
 
+#include <cstdio>
+
 namespace flash_attn {
 
 std::string shape_text(const Tensor& t) {
@@ -10,9 +12,32 @@ std::string shape_text(const Tensor& t) {
   return text + (t.ndim == 1 ? ",)" : ")");
 }
 
+std::string number_text(double x) {
+  char text[32];
+  std::snprintf(text, sizeof text, "%.6g", x);
+  return text;
+}
+
+std::string device_type_text(int32_t type) {
+  switch (type) {
+    case 1: return "cpu";
+    case 2: return "cuda";
+    case 3: return "cuda_host";
+    case 4: return "opencl";
+    case 7: return "vulkan";
+    case 8: return "mps";
+    case 10: return "rocm";
+    case 11: return "rocm_host";
+    case 12: return "npu";
+    case 13: return "cuda_managed";
+    case 14: return "xpu";
+    case 15: return "webgpu";
+    default: return "device type " + std::to_string(type);
+  }
+}
+
 std::string device_text(Device d) {
-  if (d.is_cpu()) return "the CPU";
-  return "device " + std::to_string(d.type) + ":" + std::to_string(d.index);
+  return d.is_cpu() ? "the CPU" : device_type_text(d.type) + ":" + std::to_string(d.index);
 }
 
 void fail(ErrorCode code, const char* argument, const std::string& message) {

@@ -12,7 +12,11 @@ namespace flash_attn {
 
 /// "(2, 128, 64)"
 std::string shape_text(const Tensor& t);
-/// "cpu", "device 2:0" (DLPack's device type and index)
+/// "3e+38", "0.125"
+std::string number_text(double x);
+/// "cpu", "cuda", "xpu": torch's names of DLPack's device types, but for 10, which torch calls cuda and we rocm.
+std::string device_type_text(int32_t type);
+/// "the CPU", "cuda:0"
 std::string device_text(Device d);
 /// "cpu, reference"
 template <class Names>

@@ -1,21 +1,15 @@
 // A Problem in one line of words.
-#include <cstdio>
 #include <string>
 
+#include "core/check.hpp"
 #include "core/problem.hpp"
 
 namespace flash_attn {
 namespace {
 
-std::string number(double x) {
-  char text[32];
-  std::snprintf(text, sizeof text, "%.6g", x);
-  return text;
-}
-
 std::string lengths(const Problem& p) {
   const SequenceTable& t = p.sequences;
-  const bool ragged = t.cu_seqlens_q || t.cu_seqlens_k || t.seqused_q || t.seqused_k || t.leftpad_k;
+  const bool ragged = t.cu_seqlens_q || t.cu_seqlens_k || t.seqused_q || t.counts_keys() || t.leftpad_k;
   return std::string(ragged ? "seqlen up to " : "seqlen ") + std::to_string(p.max_seqlen_q) + " x " +
          std::to_string(p.max_seqlen_k);
 }
@@ -25,7 +19,7 @@ void add_sequences(std::string& text, const Problem& p) {
   if (t.cu_seqlens_q || (t.cu_seqlens_k && t.page_size == 0)) text += ", packed";
   if (t.page_size > 0) text += ", pages of " + std::to_string(t.page_size);
   if (t.seqused_q) text += ", seqused_q";
-  if (t.seqused_k) text += ", seqused_k";
+  if (t.counts_keys()) text += ", seqused_k";
   if (t.leftpad_k) text += ", leftpad_k";
   if (t.cache_batch_idx) text += ", cache_batch_idx";
   if (p.append.rows > 0) text += t.cu_seqlens_new ? ", new keys" : ", " + std::to_string(p.append.rows) + " new keys";
@@ -41,11 +35,11 @@ void add_scores(std::string& text, const Problem& p) {
   else if (m.window_left >= 0 || m.window_right >= 0)
     text += ", window (" + std::to_string(m.window_left) + ", " + std::to_string(m.window_right) + ")";
   if (m.chunk > 0) text += ", chunks of " + std::to_string(m.chunk);
-  if (s.softcap > 0.0) text += ", softcap " + number(s.softcap);
+  if (s.softcap > 0.0) text += ", softcap " + number_text(s.softcap);
   if (s.alibi) text += ", alibi";
   if (s.bias.present()) text += ", bias";
   if (s.sink.present()) text += ", sink";
-  if (s.dropout.p > 0.0) text += ", dropout " + number(s.dropout.p);
+  if (s.dropout.p > 0.0) text += ", dropout " + number_text(s.dropout.p);
   if (p.dlse.present()) text += ", dlse";
 }
 
@@ -61,7 +55,7 @@ std::string describe(const Problem& p) {
   text += ", " + lengths(p);
   add_sequences(text, p);
   add_scores(text, p);
-  if (!p.device.is_cpu()) text += ", on device " + std::to_string(p.device.type) + ":" + std::to_string(p.device.index);
+  if (!p.device.is_cpu()) text += ", on " + device_text(p.device);
   return text;
 }
 

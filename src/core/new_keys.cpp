@@ -41,7 +41,7 @@ std::vector<Written> written_rows(const Problem& p) {
   std::vector<Written> written;
   for (int64_t b = 0; b < p.batch; ++b) {
     const Sequence s = t.at(b);
-    for (int64_t row = t.seqused_k[b], end = row + t.new_keys(b); row < end;) {
+    for (int64_t row = t.used(b), end = row + t.new_keys(b); row < end;) {
       KeyRun rows = s.key_run(row, t.page_size);
       rows.run = std::min(rows.run, end - row);
       written.push_back({rows, b});
@@ -78,7 +78,7 @@ void read_new_keys(const NewKeys& keys, const Sequences& sequences, Memory& memo
   }
   if (!keys.k.present()) invalid("new_keys.k", "required where new_keys.v is given, but absent");
   if (!keys.v.present()) invalid("new_keys.v", "required where new_keys.k is given, but absent");
-  if (!sequences.seqused_k.present())
+  if (!p.sequences.counts_keys())
     invalid("seqused_k", "required where new_keys are given, but absent: new keys are written behind those in use");
   if (sequences.cu_seqlens_k.present())
     invalid("cu_seqlens_k", "given with new_keys, which need k in entries (batch, seqlen_k, ...) or pages");
@@ -103,7 +103,9 @@ void read_new_keys(const NewKeys& keys, const Sequences& sequences, Memory& memo
       read_table("new_keys.cu_seqlens", keys.cu_seqlens, "(batch + 1)", "batch + 1", p.batch + 1, memory);
   p.append.k = operand(keys.k), p.append.v = operand(keys.v);
   p.append.rows = keys.k.shape[rank - 3];
-  if (!packed) p.sequences.seqlen_new = p.append.max_rows = p.append.rows;
+  if (!packed) p.sequences.seqlen_new = p.append.rows;
+  // Of packed keys the CPU sees how many join the longest (read_contents); on a device all might join one sequence.
+  if (!packed || !p.device.is_cpu()) p.append.max_rows = p.append.rows;
 }
 
 void read_rotary(const Rotary& rotary, const NewKeys& keys, Memory& memory, Problem& p) {
@@ -130,7 +132,7 @@ void read_rotary(const Rotary& rotary, const NewKeys& keys, Memory& memory, Prob
             "expected 1 to headdim / 2 = " + std::to_string(p.headdim / 2) + " columns, got " + shape_text(rotary.cos));
   p.append.positions = read_table("rotary.positions", rotary.positions, "(batch)", "batch", p.batch, memory);
   p.append.cos = table_operand(rotary.cos), p.append.sin = table_operand(rotary.sin);
-  p.append.rotary_dim = 2 * pairs, p.append.interleaved = rotary.interleaved;
+  p.append.rotary_dim = 2 * pairs, p.append.interleaved = rotary.interleaved, p.append.positions_end = rows;
   if (p.device.is_cpu()) check_positions(p, rows);
 }
 

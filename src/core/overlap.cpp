@@ -137,7 +137,7 @@ void Memory::add(const char* argument, const Tensor& t, bool output) {
   Entry e{argument, &t, {}, output};
   if (!empty) {
     if (t.data == nullptr) invalid(argument, "no data (a null pointer) for shape " + shape_text(t));
-    if (reinterpret_cast<uintptr_t>(t.data) % size_of(t.dtype) != 0)
+    if (device_.has_addresses() && reinterpret_cast<uintptr_t>(t.data) % size_of(t.dtype) != 0)
       invalid(argument, std::string("expected data aligned to its dtype, ") + name_of(t.dtype));
     huge |= !extent_of(t, e.extent);
   }
@@ -152,6 +152,7 @@ void Memory::check_outputs() const {
     if (may_overlap_itself(*a.tensor))
       invalid(a.argument, "an output needs every element in a place of its own; shape " + shape_text(*a.tensor) +
                               " with its strides (an expanded tensor?) overlaps itself");
+    if (!device_.has_addresses()) continue;  // handles don't tell where tensors lie
     for (int j = 0; j < count_; ++j) {
       const Entry& b = entries_[j];
       if (j == i || (b.output && j < i) || b.extent.lo == b.extent.hi) continue;

@@ -2,6 +2,7 @@
 #include "core/problem.hpp"
 
 #include <algorithm>
+#include <limits>
 #include <string>
 
 #include "core/append.hpp"
@@ -136,14 +137,35 @@ void read_sink(const Tensor& t, Problem& p, Memory& memory) {
   p.scores.sink = sink_operand(t);
 }
 
+/// (seed, offset) in memory: read on the CPU, left to the kernels on a device.
+void read_dropout_state(const Dropout& dropout, Problem& p, Memory& memory) {
+  const Tensor& state = dropout.state;
+  if (!state.present()) return;
+  memory.add_input("dropout.state", state);
+  check_dtype("dropout.state", state, DType::i64);
+  check_rank("dropout.state", state, 1, "(2)");
+  check_dim("dropout.state", state, 0, "2 entries, seed and offset,", 2);
+  if (!p.device.is_cpu()) return;
+  const auto* values = static_cast<const int64_t*>(state.data);
+  p.scores.dropout.seed = static_cast<uint64_t>(values[0]);
+  p.scores.dropout.offset = static_cast<uint64_t>(values[state.stride[0]]);
+  p.scores.dropout.state = {};
+}
+
+std::string accumulation(DType t) { return t == DType::f64 ? "float64" : "float32"; }
+
 void read_scores(const Scores& s, const Sequences& sequences, const Dropout& dropout, Problem& p, Memory& memory) {
   ScorePipeline& scores = p.scores;
   scores.scale = s.softmax_scale.value_or(1.0 / std::sqrt(static_cast<double>(p.headdim)));
-  if (!std::isfinite(scores.scale))
-    invalid("softmax_scale", "expected a finite number, got " + std::to_string(scores.scale));
+  // Kernels compute in fp32, but for those of fp64.
+  const double most = p.dtype == DType::f64 ? std::numeric_limits<double>::max() : std::numeric_limits<float>::max();
+  if (!(std::abs(scores.scale) <= most))
+    invalid("softmax_scale",
+            "expected a finite number that " + accumulation(p.dtype) + " holds, got " + number_text(scores.scale));
   scores.softcap = s.softcap;
-  if (!std::isfinite(s.softcap) || s.softcap < 0.0)
-    invalid("softcap", "expected a finite number >= 0, 0 for off, got " + std::to_string(s.softcap));
+  if (!(s.softcap >= 0.0 && s.softcap <= most))
+    invalid("softcap", "expected a finite number >= 0 that " + accumulation(p.dtype) + " holds, 0 for off, got " +
+                           number_text(s.softcap));
   read_mask(s, scores.mask);
   read_alibi(s.alibi_slopes, p, memory);
   read_bias(s.bias, sequences, p, memory);
@@ -151,6 +173,7 @@ void read_scores(const Scores& s, const Sequences& sequences, const Dropout& dro
   if (!(dropout.p >= 0.0 && dropout.p < 1.0))
     invalid("dropout_p", "expected 0 <= p < 1, got " + std::to_string(dropout.p));
   scores.dropout = dropout;
+  read_dropout_state(dropout, p, memory);
 }
 
 /// What forward and backward share: q, k, v, the sequences and the score pipeline. New keys make k and v outputs.
@@ -198,6 +221,7 @@ Problem make_problem(const Forward& call) {
     p.lse = lse_operand(call.lse);
   }
   memory.check_outputs();
+  p.features = features_of(p);
   return p;
 }
 
@@ -246,6 +270,7 @@ Problem make_problem(const Backward& call) {
     p.dsink = sink_operand(call.dsink);
   }
   memory.check_outputs();
+  p.features = features_of(p);
   return p;
 }
 

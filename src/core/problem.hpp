@@ -9,6 +9,7 @@
 #include <limits>
 #include <string>
 
+#include "core/features.hpp"
 #include "core/mask.hpp"
 #include "flash_attn/flash_attn.hpp"
 
@@ -48,12 +49,14 @@ struct Sequence {
   }
 };
 
-/// All ways to say where sequences are. Read through at(b) only. The pointers live where q lives.
+/// All ways to say where sequences are. Read through at(b) only. The pointers live where q lives: on the CPU their
+/// contents have been checked; on a device nobody has read them, and kernels follow `clamped` (core/sequences.hpp).
 struct SequenceTable {
   int64_t batch = 0;
   int64_t seqlen_q = 0, seqlen_k = 0;  // fixed length (also the capacity of a paged or fixed key source)
   const int32_t *cu_seqlens_q = nullptr, *cu_seqlens_k = nullptr;
   const int32_t *seqused_q = nullptr, *seqused_k = nullptr;
+  int64_t used_k = -1;  // of every sequence, instead of seqused_k; -1: not given
   const int32_t *leftpad_k = nullptr, *cache_batch_idx = nullptr;
   const int32_t* block_table = nullptr;
   int64_t block_table_stride = 0, page_size = 0;
@@ -64,6 +67,9 @@ struct SequenceTable {
     return cu_seqlens_new ? int64_t{cu_seqlens_new[b + 1]} - cu_seqlens_new[b] : seqlen_new;
   }
   bool packed_q() const { return cu_seqlens_q != nullptr; }
+  /// Whether it is told how many keys of each sequence are in use, and how many are, before new keys join.
+  bool counts_keys() const { return seqused_k != nullptr || used_k >= 0; }
+  int64_t used(int64_t b) const { return seqused_k ? seqused_k[b] : used_k; }
 
   Sequence at(int64_t b) const {
     Sequence s{b, 0, seqlen_q, b, 0, seqlen_k, nullptr};
@@ -75,7 +81,7 @@ struct SequenceTable {
     }
     if (cache_batch_idx) s.k_batch = cache_batch_idx[b];
     if (seqused_q) s.seqlen_q = seqused_q[b];
-    if (seqused_k) s.seqlen_k = seqused_k[b] + new_keys(b);
+    if (counts_keys()) s.seqlen_k = used(b) + new_keys(b);
     if (leftpad_k) s.k_row += leftpad_k[b], s.seqlen_k -= leftpad_k[b];
     if (s.seqlen_k < 0) s.seqlen_k = 0;
     if (block_table) s.pages = block_table + b * block_table_stride;
@@ -91,7 +97,8 @@ struct Append {
   Operand cos, sin;        // (row: position, col); absent if nothing is rotated
   int64_t rotary_dim = 0;  // even
   bool interleaved = false;
-  const int32_t* positions = nullptr;  // of a sequence's first query and first new key; nullptr: its seqused_k
+  const int32_t* positions = nullptr;  // of a sequence's first query and first new key; nullptr: its used keys
+  int64_t positions_end = 0;           // rows of cos and sin
 
   bool rotates() const { return cos.present(); }
   bool present() const { return rows > 0 || rotates(); }
@@ -106,8 +113,8 @@ struct ScorePipeline {
   Operand bias{};           // indexed (b, i, h, j); broadcast dimensions have stride 0
   int64_t bias_shape[4]{};  // (batch|1, nheads|1, rows|1, keys) of bias and dbias; no sequence is longer
   Mask mask{};
-  Operand sink{};  // stride_head only
-  Dropout dropout{};
+  Operand sink{};     // stride_head only
+  Dropout dropout{};  // `state` is present on a device only, for its kernels; else seed and offset are right
 
   float alibi_slope(int64_t b, int64_t h) const {
     return alibi ? alibi[b * alibi_stride_batch + h * alibi_stride_head] : 0.0f;
@@ -137,6 +144,7 @@ struct Problem {
   Append append;  // forward only
   ScorePipeline scores;
   Run run;
+  Features features = 0;
 
   int64_t group() const { return nheads_k ? nheads / nheads_k : 1; }
   /// Whether no result has an element. A batch of sequences without rows may be of any size: nobody should loop over
@@ -155,7 +163,7 @@ struct Problem {
 Operand operand(const Tensor& t);
 
 /// Checks everything about the call (shapes, dtypes, devices, ranges, overlaps) and returns its normal form.
-/// Throws Error naming the argument, what was expected and what came. Reads the integer tensors on the CPU only.
+/// Throws Error naming the argument, what was expected and what came. Reads integer tensors on the CPU only.
 Problem make_problem(const Forward& call);
 Problem make_problem(const Backward& call);
 

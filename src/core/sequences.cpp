@@ -71,6 +71,17 @@ void check_range(const char* argument, int64_t b, int64_t value, int64_t most, c
     fail_entry(argument, b, "0 <= entry <= " + std::string(meaning) + " = " + std::to_string(most), value);
 }
 
+const char* used_meaning(int64_t new_keys) {
+  return new_keys > 0 ? "the rows of the sequence less its new keys" : "the rows of the sequence";
+}
+
+/// The one number of used keys, which no table holds.
+void check_used(int64_t used, int64_t most, const char* meaning) {
+  if (used > most)
+    invalid("seqused_k", "expected at most " + std::string(meaning) + " = " + std::to_string(most) + ", got " +
+                             std::to_string(used));
+}
+
 /// The pages that keys [first, last) of sequence b lie in exist.
 void check_pages(const SequenceTable& t, int64_t b, int64_t first, int64_t last, int64_t num_blocks) {
   if (last <= first) return;
@@ -99,10 +110,9 @@ void read_contents(Problem& p) {
     if (t.seqused_q) check_range("seqused_q", b, t.seqused_q[b], rows_q, "the rows of the sequence");
     const int64_t new_keys = t.new_keys(b);
     p.append.max_rows = std::max(p.append.max_rows, new_keys);
-    if (t.seqused_k)
-      check_range("seqused_k", b, t.seqused_k[b], rows_k - new_keys,
-                  new_keys > 0 ? "the rows of the sequence less its new keys" : "the rows of the sequence");
-    const int64_t used_k = t.seqused_k ? t.seqused_k[b] : rows_k;
+    if (t.seqused_k) check_range("seqused_k", b, t.seqused_k[b], rows_k - new_keys, used_meaning(new_keys));
+    if (t.used_k >= 0) check_used(t.used_k, rows_k - new_keys, used_meaning(new_keys));
+    const int64_t used_k = t.counts_keys() ? t.used(b) : rows_k;
     if (t.leftpad_k) check_range("leftpad_k", b, t.leftpad_k[b], used_k, "the keys of the sequence");
     if (t.cache_batch_idx)
       check_range("cache_batch_idx", b, t.cache_batch_idx[b], p.batch_k - 1, "the last entry of k");
@@ -119,14 +129,41 @@ void check_max(const char* argument, int64_t given, int64_t real) {
             "expected at least the longest sequence, " + std::to_string(real) + ", got " + std::to_string(given));
 }
 
-/// Lengths on a device can't be read here: the caller's bounds, or the capacity.
+/// Lengths on a device can't be read here: the caller's bounds, or the capacity. No bound exceeds the rows there are.
 int64_t bound(const char* argument, int64_t given, bool packed, int64_t capacity) {
   if (given < 0 && packed) invalid(argument, "required, since cu_seqlens are not in the CPU's memory");
-  if (packed) return given;
   return given < 0 ? capacity : std::min(given, capacity);
 }
 
 }  // namespace
+
+Sequence clamped(const Problem& p, int64_t b) {
+  const SequenceTable& t = p.sequences;
+  const auto within = [](int64_t x, int64_t lo, int64_t hi) { return std::max(lo, std::min(x, hi)); };
+  Sequence s{b, 0, t.seqlen_q, b, 0, t.seqlen_k, nullptr};
+  if (t.cu_seqlens_q) {
+    s.q_batch = 0;
+    s.q_row = within(t.cu_seqlens_q[b], 0, p.rows_q);
+    s.seqlen_q = within(t.cu_seqlens_q[b + 1], s.q_row, p.rows_q) - s.q_row;
+  }
+  if (t.cu_seqlens_k && t.block_table) {
+    s.seqlen_k = within(int64_t{t.cu_seqlens_k[b + 1]} - t.cu_seqlens_k[b], 0, t.seqlen_k);
+  } else if (t.cu_seqlens_k) {
+    s.k_batch = 0;
+    s.k_row = within(t.cu_seqlens_k[b], 0, p.rows_k);
+    s.seqlen_k = within(t.cu_seqlens_k[b + 1], s.k_row, p.rows_k) - s.k_row;
+  }
+  if (t.cache_batch_idx) s.k_batch = within(t.cache_batch_idx[b], 0, p.batch_k - 1);
+  if (t.seqused_q) s.seqlen_q = within(t.seqused_q[b], 0, s.seqlen_q);
+  const int64_t joining = within(t.new_keys(b), 0, std::min(p.append.max_rows, s.seqlen_k));
+  if (t.counts_keys()) s.seqlen_k = within(t.used(b), 0, s.seqlen_k - joining) + joining;
+  if (t.leftpad_k) {
+    const int64_t pad = within(t.leftpad_k[b], 0, s.seqlen_k);
+    s.k_row += pad, s.seqlen_k -= pad;
+  }
+  if (t.block_table) s.pages = t.block_table + b * t.block_table_stride;
+  return s;
+}
 
 const int32_t* read_table(const char* argument, const Tensor& t, const char* layout, const char* meaning,
                           int64_t entries, Memory& memory) {
@@ -154,6 +191,9 @@ void read_sequences(const Tensor& q, const Tensor& k, const Tensor& v, const Seq
   t.seqused_k = read_table("seqused_k", s.seqused_k, "(batch)", "batch", p.batch, memory);
   t.leftpad_k = read_table("leftpad_k", s.leftpad_k, "(batch)", "batch", p.batch, memory);
   t.cache_batch_idx = read_table("cache_batch_idx", s.cache_batch_idx, "(batch)", "batch", p.batch, memory);
+  if (s.used_k < -1) invalid("used_k", "expected >= 0, or -1 if not given, got " + std::to_string(s.used_k));
+  if (s.used_k >= 0 && t.seqused_k) invalid("used_k", "given with seqused_k, which says the same");
+  t.used_k = s.used_k;
   const bool paged = s.block_table.present();
   if (s.cache_batch_idx.present() && (paged || s.cu_seqlens_k.present()))
     invalid("cache_batch_idx", std::string("expected k to be (batch, seqlen_k, nheads_k, headdim), got it with ") +
@@ -177,10 +217,15 @@ void read_sequences(const Tensor& q, const Tensor& k, const Tensor& v, const Seq
   if (!p.device.is_cpu()) {
     p.max_seqlen_q = bound("max_seqlen_q", s.max_seqlen_q, s.cu_seqlens_q.present(), t.seqlen_q);
     p.max_seqlen_k = bound("max_seqlen_k", s.max_seqlen_k, s.cu_seqlens_k.present(), t.seqlen_k);
+    if (t.used_k >= 0) {
+      const int64_t most = t.seqlen_k - t.seqlen_new;
+      check_used(t.used_k, most, used_meaning(t.seqlen_new));
+      p.max_seqlen_k = std::min(p.max_seqlen_k, t.used_k + p.append.max_rows);
+    }
     return;
   }
   const bool fixed = !(s.cu_seqlens_q.present() || s.cu_seqlens_k.present() || s.seqused_q.present() ||
-                       s.seqused_k.present() || s.leftpad_k.present() || s.cache_batch_idx.present() || paged);
+                       t.counts_keys() || s.leftpad_k.present() || s.cache_batch_idx.present() || paged);
   if (!fixed)
     read_contents(p);
   else if (p.batch > 0)

@@ -12,17 +12,24 @@ namespace {
 // Of keys and queries, moved in less time than waking a thread takes.
 constexpr int64_t kFewElements = 1 << 13;
 
+constexpr uint32_t kDTypes = bit(DType::f32) | bit(DType::bf16) | bit(DType::f16);
+constinit const Serves kServes = {.dtypes = kDTypes, .features = kAllFeatures};
+
+/// New keys into the cache, queries rotated: blocks of rows, on as many workers as pay.
+void append(const Problem& p, const Operand& q) {
+  const int64_t moved = p.batch * (p.append.max_rows * p.nheads_k * (p.headdim + p.headdim_v) +
+                                   (p.append.rotates() ? p.max_seqlen_q * p.nheads * p.headdim : 0));
+  const int workers = moved <= kFewElements ? 1 : cpu::max_workers();
+  cpu::parallel_for(append_blocks(p), workers, [&](int64_t i, int) { append_block(p, q, i); });
+}
+
 class CpuBackend final : public Backend {
  public:
   std::string_view name() const override { return "cpu"; }
   std::string_view description() const override { return "SIMD kernels for the CPU, threaded, bitwise reproducible"; }
+  std::span<const int32_t> devices() const override { return kHostMemory; }
+  const Serves* serves(Pass) const override { return &kServes; }
 
-  std::string refuses(const Problem& p) const override {
-    if (!p.device.is_cpu()) return "device: serves CPU tensors only";
-    if (p.dtype == DType::f64) return "dtype: float64 is not served (float32, bfloat16 and float16 are)";
-    if (p.pass == Pass::backward && p.sequences.cache_batch_idx) return "cache_batch_idx: its backward is not served";
-    return {};
-  }
   std::string plan(const Problem& p) const override {
     const cpu::Kernels& k = cpu::active_kernels();
     if (p.pass == Pass::backward) {
@@ -32,13 +39,13 @@ class CpuBackend final : public Backend {
     const cpu::AttendKernel& kernel = cpu::attend_kernel(k, p);
     return cpu::describe(cpu::make_plan(p, kernel, k.width, cpu::max_workers()), k, kernel);
   }
-  void append(const Problem& p, const Operand& q) const override {
-    const int64_t moved = p.batch * (p.append.max_rows * p.nheads_k * (p.headdim + p.headdim_v) +
-                                     (p.append.rotates() ? p.max_seqlen_q * p.nheads * p.headdim : 0));
-    const int workers = moved <= kFewElements ? 1 : cpu::max_workers();
-    cpu::parallel_for(append_blocks(p), workers, [&](int64_t i, int) { append_block(p, q, i); });
+  void forward(const Problem& p) const override {
+    if (!p.append.present()) return cpu::forward(p, cpu::active_kernels());
+    const RotatedQueries queries(p);
+    cpu::ForwardRun run(queries.attend_after(p), cpu::active_kernels());  // memory runs out before a cache is written
+    append(p, queries.operand());
+    run.attend();
   }
-  void forward(const Problem& p) const override { cpu::forward(p, cpu::active_kernels()); }
   void backward(const Problem& p) const override { cpu::backward(p, cpu::active_kernels()); }
 };
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 
 import pytest
 import torch
@@ -74,3 +75,98 @@ def test_attention_without_padding_is_attention_of_each_sequence():
         assert torch.equal(out[b : b + 1, :n], expected) and not out[b, n:].any()
     (dqkv,) = torch.autograd.grad(out.sum(), qkv)
     assert dqkv[1].any() and not dqkv[2].any() and not dqkv[0, 3:].any()
+
+
+ONES = torch.ones(2, 4, dtype=torch.int64)
+HALF = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]])
+PACKED_IDS = torch.tensor([[1, 1, 2, 2], [1, 1, 1, 0]])
+VALUES = "expected 1 or True for tokens and 0 or False for others, got other values"
+MALFORMED = {
+    "additive": ((HALF.float().log(),), f"attention_mask: {VALUES}"),
+    "additive, finite": (((1 - HALF) * torch.finfo(torch.float32).min,), f"attention_mask: {VALUES}"),
+    "packed ids": ((PACKED_IDS,), f"attention_mask: {VALUES}"),
+    "NaN": ((torch.full((2, 4), torch.nan),), f"attention_mask: {VALUES}"),
+    "half a token": ((HALF * 0.5,), f"attention_mask: {VALUES}"),
+    "unused: packed ids": ((HALF, (1 - HALF) * 2), f"unused_mask: {VALUES}"),
+    "unused: negative": ((HALF, -HALF), f"unused_mask: {VALUES}"),
+    "unused: in both": ((HALF, HALF), "unused_mask: expected no token that attention_mask has, got one in both"),
+    "unused: in both, bool": ((ONES.bool(), HALF.bool()), "unused_mask: expected no token that attention_mask has"),
+    "shape": ((ONES[:, :3],), "attention_mask: expected shape (batch, seqlen) = (2, 4), got (2, 3)"),
+    "four dimensions": (
+        (ONES[:, None, None],),
+        "attention_mask: expected shape (batch, seqlen) = (2, 4), got (2, 1, 1",
+    ),
+    "unused: shape": ((ONES, ONES[:1]), "unused_mask: expected shape (batch, seqlen) = (2, 4), got (1, 4)"),
+}
+
+
+@pytest.mark.parametrize("case", MALFORMED)
+def test_masks_that_are_none(case):
+    masks, message = MALFORMED[case]
+    with pytest.raises(ValueError, match=re.escape(message)):
+        unpad_input(torch.randn(2, 4, 3), *masks)
+
+
+LENGTHS = "attention_mask_in_length: expected"
+MALFORMED_LENGTHS = {
+    "negative": ([[2, -1, 0, 0], [4, 0, 0, 0]], f"{LENGTHS} lengths of sequences, 0 or more, got other values"),
+    "negative that sums to 0": ([[2, -2, 0, 0], [4, 0, 0, 0]], f"{LENGTHS} lengths of sequences, 0 or more"),
+    "too many": ([[2, 3, 0, 0], [4, 0, 0, 0]], f"{LENGTHS} at most seqlen = 4 tokens in a row, got more"),
+    "too long": ([[5, 0, 0, 0], [4, 0, 0, 0]], f"{LENGTHS} at most seqlen = 4 tokens"),
+    "half a token": ([[1.5, 0, 0, 0], [4, 0, 0, 0]], f"{LENGTHS} lengths of sequences"),
+    "NaN": ([[torch.nan, 0, 0, 0], [4, 0, 0, 0]], f"{LENGTHS} lengths of sequences"),
+    "a mask": ([[True, True, False, False]] * 2, f"{LENGTHS} lengths of sequences, got a bool mask"),
+    "shape": ([[2, 0, 0], [3, 0, 0]], f"{LENGTHS} shape (batch, seqlen) = (2, 4), got (2, 3)"),
+}
+
+
+@pytest.mark.parametrize("case", MALFORMED_LENGTHS)
+def test_lengths_that_are_none(case):
+    lengths, message = MALFORMED_LENGTHS[case]
+    with pytest.raises(ValueError, match=re.escape(message)):
+        unpad_input_for_concatenated_sequences(torch.randn(2, 4, 3), torch.tensor(lengths))
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int32, torch.float32, torch.bfloat16])
+def test_every_dtype_of_ones_and_zeros(dtype):
+    x = torch.randn(4, 5, 2)
+    expected = unpad_input(x, MASK)
+    for got in (unpad_input(x, MASK.to(dtype)), unpad_input(x, MASK.to(dtype), torch.zeros(4, 5).to(dtype))):
+        assert all(torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int32, torch.float32])
+def test_every_dtype_of_lengths(dtype):
+    lengths, x = torch.tensor([[1, 2, 0, 0], [4, 0, 0, 0]]), torch.randn(2, 4, 3)
+    got, expected = (unpad_input_for_concatenated_sequences(x, y) for y in (lengths.to(dtype), lengths))
+    assert all(torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for a, b in zip(got, expected, strict=True))
+
+
+def test_empty_batches():
+    rows, _, cu_seqlens, longest, _ = unpad_input(torch.randn(0, 5, 2), torch.ones(0, 5))
+    assert rows.shape == (0, 2) and cu_seqlens.tolist() == [0] and longest == 0
+    rows, _, cu_seqlens, longest = unpad_input_for_concatenated_sequences(torch.randn(2, 5, 2), torch.zeros(2, 5).int())
+    assert rows.shape == (0, 2) and cu_seqlens.tolist() == [0] and longest == 0
+
+
+GOOD = {
+    unpad_input: (HALF, 1 - HALF),
+    unpad_input_for_concatenated_sequences: (torch.tensor([[1, 2, 0, 0], [4, 0, 0, 0]]),),
+}
+BAD = {
+    unpad_input: (PACKED_IDS, HALF),
+    unpad_input_for_concatenated_sequences: (torch.tensor([[3, 2, 0, 0], [4, 0, 0, 0]]),),
+}
+
+
+@pytest.mark.parametrize("function", GOOD)
+def test_compiled_in_one_graph_with_its_checks(function):
+    """One graph, where torch is told to keep what depends on data."""
+    torch.compiler.reset()
+    x = torch.randn(2, 4, 3)
+    with torch._dynamo.config.patch(capture_scalar_outputs=True, capture_dynamic_output_shape_ops=True):
+        compiled = torch.compile(function, backend="eager", fullgraph=True)
+        for a, b in zip(compiled(x, *GOOD[function]), function(x, *GOOD[function]), strict=True):
+            assert torch.equal(torch.as_tensor(a), torch.as_tensor(b))
+        with pytest.raises(RuntimeError, match="attention_mask.*: expected"):
+            compiled(x, *BAD[function])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from flash_attn import _C
-from flash_attn._options import options
+from support.groups import groups
 
 
 class OnlyCapsule:
@@ -29,7 +29,7 @@ class OnlyCapsuleWithDetach(OnlyCapsule):
 
 
 def forward(q, k, v, out, lse=None, **kwargs):
-    _C.forward(q, k, v, out, lse, options(causal=True, **kwargs))
+    _C.forward(q, k, v, out, lse, *groups(causal=True, **kwargs))
 
 
 def problem(dtype=torch.float32):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from flash_attn import _C
 from flash_attn import flash_attn_interface as interface
-from flash_attn._options import options
+from support.groups import groups
 
 Q, K = (2, 8, 4, 16), (2, 12, 2, 16)
 PACKED_Q, PACKED_K = (10, 4, 16), (12, 2, 16)
@@ -172,8 +172,6 @@ def test_malformed_call(name, arguments, error, words, requires_grad):
             else x
             for n, x in arguments.items()
         }
-        if "block_table" in arguments:
-            error, words = NotImplementedError, ["block_table", "not differentiable"]
     with pytest.raises(error) as raised:
         getattr(flash_attn, name)(**arguments)
     message = str(raised.value)
@@ -187,7 +185,7 @@ def raw(**changed):
     call["lse"] = torch.full((2, 4, 8), 7.0)
     extra = {n: changed.pop(n) for n in list(changed) if n not in call}
     call |= changed
-    _C.forward(*call.values(), options(**extra))
+    _C.forward(*call.values(), *groups(**extra))
     return call
 
 
@@ -211,7 +209,7 @@ def test_malformed_memory(what):
     call |= change(call)
     before = {n: x.clone() for n, x in call.items() if isinstance(x, torch.Tensor)}
     with pytest.raises(error) as raised:
-        _C.forward(*call.values(), options())
+        _C.forward(*call.values())
     assert all(w in str(raised.value) for w in words), str(raised.value)
     assert all(torch.equal(call[n], x) for n, x in before.items())
 

@@ -125,5 +125,7 @@ def test_pages_on_the_oracle_equal_a_run_of_keys():
     with backend("reference"):
         paged = flash_attn_varlen_func(q, *pages, *call, causal=True, block_table=table)
         assert torch.equal(paged, flash_attn_varlen_func(q, *(torch.cat(r) for r in runs), *call, causal=True))
+    out = flash_attn_varlen_func(q.requires_grad_(), *pages, *call, block_table=table)
+    assert torch.equal(out, flash_attn_varlen_func(q.detach(), *pages, *call, block_table=table))
     with pytest.raises(NotImplementedError, match="block_table"):
-        flash_attn_varlen_func(q.requires_grad_(), *pages, *call, block_table=table)
+        out.sum().backward()

@@ -18,9 +18,14 @@ class OneKeyBackend final : public Backend {
   std::string_view description() const override { return "copies v where there is one key"; }
   bool automatic() const override { return false; }
   std::string plan(const Problem&) const override { return "one copy per row"; }
+  std::span<const int32_t> devices() const override { return kHostMemory; }
+  const Serves* serves(Pass pass) const override {
+    static const Serves forward = {.dtypes = bit(DType::f32),
+                                   .features = kAllFeatures & ~features({Feature::lse, Feature::softcap}),
+                                   .words = {{Feature::softcap, "softcap: has no score to cap"}}};
+    return pass == Pass::forward ? &forward : nullptr;
+  }
   std::string refuses(const Problem& p) const override {
-    if (p.pass == Pass::backward) return "one-key has no backward";
-    if (p.dtype != DType::f32) return "q: one-key serves float32 only";
     for (int64_t b = 0; b < p.batch; ++b)
       if (p.sequences.at(b).seqlen_k != 1) return "k: one-key serves sequences of one key only";
     return {};
@@ -44,6 +49,14 @@ Forward one_key_call(Store& store) {
           .k = store.floats({1, 1, 1, 4}),
           .v = store.floats({1, 1, 1, 4}),
           .out = store.floats({1, 3, 2, 4})};
+}
+
+/// What `explain` says of one backend.
+Candidate candidate(const Forward& call, const std::string& name) {
+  for (const Candidate& c : explain(call).candidates)
+    if (c.backend == name) return c;
+  ADD_FAILURE() << "nobody is called " << name;
+  return {};
 }
 
 class Registry : public testing::Test {
@@ -88,56 +101,97 @@ TEST_F(Registry, RunsByName) {
 TEST_F(Registry, ExplainsTheChoiceAndThePlan) {
   Forward call = one_key_call(store);
   call.run.backend = "one-key";
-  const Explanation e = explain(call);
-  ASSERT_EQ(e.candidates.size(), 3u);
-  EXPECT_TRUE(e.candidates[2].chosen);
-  EXPECT_FALSE(e.candidates[0].chosen);
-  EXPECT_EQ(e.plan, "one copy per row");
+  EXPECT_TRUE(candidate(call, "one-key").chosen);
+  EXPECT_FALSE(candidate(call, "cpu").chosen);
+  EXPECT_EQ(explain(call).plan, "one copy per row");
 
   call.run.backend.clear();  // not automatic: never chosen unasked
-  EXPECT_FALSE(explain(call).candidates[2].chosen);
+  EXPECT_FALSE(candidate(call, "one-key").chosen);
 }
 
 TEST_F(Registry, RefusalSaysWhyAndWhoWouldServe) {
   Forward call = fixed_call(store);
+  call.lse = {};
   call.run.backend = "one-key";
   store.remember();
   const std::string words = error_of([&] { forward(call); }, ErrorCode::not_supported);
   EXPECT_TRUE(contains(words, "one-key serves sequences of one key only")) << words;
   EXPECT_TRUE(contains(words, "reference")) << words;
   EXPECT_TRUE(store.untouched());
-  const Explanation e = explain(call);
-  EXPECT_EQ(e.plan, "");
-  EXPECT_EQ(e.candidates[2].why_not, "k: one-key serves sequences of one key only");
+  EXPECT_EQ(explain(call).plan, "");
+  EXPECT_EQ(candidate(call, "one-key").why_not, "k: one-key serves sequences of one key only");
 }
 
 TEST_F(Registry, UnknownNamesListTheKnown) {
   Forward call = one_key_call(store);
   call.run.backend = "warp";
   const std::string words = error_of([&] { forward(call); }, ErrorCode::invalid_argument);
-  EXPECT_TRUE(contains(words, "cpu, reference, one-key") && contains(words, "\"warp\"")) << words;
+  for (const char* name : {"cpu", "reference", "one-key", "\"warp\""}) EXPECT_TRUE(contains(words, name)) << words;
   error_of([] { unregister_backend("warp"); }, ErrorCode::invalid_argument);
 }
 
 TEST_F(Registry, EnvironmentDecidesWhereTheCallDoesNot) {
   Forward call = one_key_call(store);
   setenv("FLASH_ATTENTION_BACKEND", "one-key", 1);
-  EXPECT_TRUE(explain(call).candidates[2].chosen);
+  EXPECT_TRUE(candidate(call, "one-key").chosen);
   call.run.backend = "reference";
-  EXPECT_TRUE(explain(call).candidates[1].chosen);
+  EXPECT_TRUE(candidate(call, "reference").chosen);
   call.run.backend.clear();
   setenv("FLASH_ATTENTION_BACKEND", "warp", 1);
   const std::string words = error_of([&] { forward(call); }, ErrorCode::invalid_argument);
   EXPECT_TRUE(contains(words, "FLASH_ATTENTION_BACKEND")) << words;
   unsetenv("FLASH_ATTENTION_BACKEND");
-  EXPECT_FALSE(explain(call).candidates[2].chosen);
+  EXPECT_FALSE(candidate(call, "one-key").chosen);
 }
 
 TEST_F(Registry, NamesAreUniqueAndUnregisteringTakesOut) {
   error_of([] { register_backend(std::make_unique<OneKeyBackend>()); }, ErrorCode::invalid_argument);
   error_of([] { register_backend(nullptr); }, ErrorCode::invalid_argument);
   unregister_backend("one-key");
-  EXPECT_EQ(registered_backends().size(), 2u);
+  for (const Backend* backend : registered_backends()) EXPECT_NE(backend->name(), "one-key");
+}
+
+TEST_F(Registry, CapabilityDataRefuse) {
+  struct Row {
+    const char* words;
+    std::function<void(Forward&)> spoil;
+  };
+  const Row rows[] = {
+      {"lse: not served",
+       [&](Forward& c) {
+         c.lse = store.floats({1, 2, 3});
+       }},
+      {"softcap: has no score to cap", [](Forward& c) { c.scores.softcap = 3; }},
+      {"dtype: float64 is not served (float32 is)",
+       [&](Forward& c) {
+         for (Tensor* t : {&c.q, &c.k, &c.v, &c.out}) t->dtype = DType::f64, t->shape[3] = 2;
+       }},
+      {"its backward is not served, and gradients will be asked for", [](Forward& c) { c.run.differentiable = true; }},
+  };
+  for (const Row& row : rows) {
+    Forward call = one_key_call(store);
+    call.run.backend = "one-key";
+    row.spoil(call);
+    EXPECT_EQ(candidate(call, "one-key").why_not, row.words);
+    error_of([&] { forward(call); }, ErrorCode::not_supported);
+  }
+}
+
+TEST_F(Registry, ABackwardPrefersWhoRanTheForwardAndHoldsToWhoIsNamed) {
+  Forward call = one_key_call(store);
+  call.run.prefer = "one-key";
+  EXPECT_TRUE(candidate(call, "one-key").chosen);
+  call.scores.softcap = 3;  // not served: the others are asked
+  EXPECT_TRUE(candidate(call, "cpu").chosen);
+  call.run.prefer = "gone";
+  EXPECT_TRUE(candidate(call, "cpu").chosen);
+}
+
+TEST_F(Registry, PlacesAreChosen) {
+  unregister_backend("one-key");
+  error_of([] { register_backend(std::make_unique<OneKeyBackend>(), "warp"); }, ErrorCode::invalid_argument);
+  register_backend(std::make_unique<OneKeyBackend>(), "cpu");
+  EXPECT_EQ(registered_backends().front()->name(), "one-key");
 }
 
 TEST(Choice, GoesOnWhileBackendsComeAndGo) {
@@ -162,7 +216,45 @@ TEST(Choice, NobodyHereServesAnotherDevice) {
   Forward call = fixed_call(store);
   for (Tensor* t : {&call.q, &call.k, &call.v, &call.out, &call.lse}) t->device = {2, 0};
   const std::string words = error_of([&] { forward(call); }, ErrorCode::not_supported);
-  EXPECT_TRUE(contains(words, "cpu:") && contains(words, "reference:") && contains(words, "device 2:0")) << words;
+  EXPECT_TRUE(contains(words, "cpu:") && contains(words, "reference:") && contains(words, "cuda:0")) << words;
+  EXPECT_TRUE(contains(words, "register")) << words;
+}
+
+/// One that asks the Problem for its contents, which on a device would read foreign memory.
+class NosyBackend final : public Backend {
+ public:
+  std::string_view name() const override { return "nosy"; }
+  std::string_view description() const override { return "reads lengths"; }
+  std::span<const int32_t> devices() const override { return kHostMemory; }
+  const Serves* serves(Pass) const override {
+    static const Serves all = {.dtypes = bit(DType::f32), .features = kAllFeatures};
+    return &all;
+  }
+  std::string refuses(const Problem&) const override {
+    ++asked;
+    return {};
+  }
+  std::string unavailable() const override {
+    ++asked;
+    return {};
+  }
+  void forward(const Problem&) const override {}
+  void backward(const Problem&) const override {}
+  static inline int asked = 0;
+};
+
+TEST(Choice, NobodyIsAskedAboutADeviceItDoesNotName) {
+  register_backend(std::make_unique<NosyBackend>(), "cpu");
+  Store store;
+  Forward call = fixed_call(store);
+  for (Tensor* t : {&call.q, &call.k, &call.v, &call.out, &call.lse}) t->device = {2, 0};
+  NosyBackend::asked = 0;
+  explain(call);
+  error_of([&] { forward(call); }, ErrorCode::not_supported);
+  EXPECT_EQ(NosyBackend::asked, 0);
+  explain(fixed_call(store));
+  EXPECT_GT(NosyBackend::asked, 0);
+  unregister_backend("nosy");
 }
 
 }  // namespace

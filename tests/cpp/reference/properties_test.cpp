@@ -208,9 +208,9 @@ TEST(ReferenceProperties, OnlyWhenAskedForByName) {
   Problem problem = make_problem(c.forward_call());
   EXPECT_EQ(backend->name(), "reference");
   EXPECT_FALSE(backend->automatic());
-  EXPECT_EQ(backend->refuses(problem), "");
+  EXPECT_EQ(answer(*backend, problem, true), "");
   problem.device = {2, 0};
-  EXPECT_NE(backend->refuses(problem), "");
+  EXPECT_NE(answer(*backend, problem, true), "");
 }
 
 }  // namespace

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 SUFFIXES = {".c", ".cmake", ".cpp", ".cu", ".h", ".hpp", ".md", ".py", ".sh", ".toml", ".txt", ".yml", ".yaml"}
-NOT_OURS = {"build", "demo", "dist", "__pycache__"}
+NOT_OURS = {"build", "demo", "dist"}  # at the top: what is made here
 LARGEST = 100_000  # bytes; larger files are data
 
 
@@ -44,7 +44,11 @@ def documents(root: Path = ROOT) -> list[Document]:
     for name in sorted(set(names)):
         path = root / name
         parts = Path(name).parts
-        if path.suffix not in SUFFIXES or any(part in NOT_OURS or part.startswith(".") for part in parts[:-1]):
+        if (
+            path.suffix not in SUFFIXES
+            or parts[0] in NOT_OURS
+            or any(part.startswith((".", "__")) for part in parts[:-1])
+        ):
             continue
         if path.is_file() and 64 <= path.stat().st_size <= LARGEST:
             found.append(Document(name, path.read_bytes()))

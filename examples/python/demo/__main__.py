@@ -1,7 +1,7 @@
 """What this machine has; how exact and how fast attention is on it; and a small GPT, trained and sampled.
 
-python examples/python/demo.py            about two and a half minutes on two cores; writes demo/report.html
-python examples/python/demo.py --quick    the same in seconds, with little training
+python examples/python/demo            about two and a half minutes on two cores; writes demo/report.html
+python examples/python/demo --quick    the same in seconds, with little training
 """
 
 from __future__ import annotations
@@ -246,7 +246,7 @@ def main() -> None:
     console.rule("[bold]A small GPT, trained here")
     show_training(console, report, scale)
 
-    report.paragraph(f"Made in {time.perf_counter() - begin:.0f} s by examples/python/demo.py.")
+    report.paragraph(f"Made in {time.perf_counter() - begin:.0f} s by examples/python/demo.")
     report.write(arguments.report)
     console.print(f"The report, with the plots: {arguments.report}", soft_wrap=True)
     if inexact := [result.case.name for result in results if not result.exact]:

@@ -1,0 +1,40 @@
+# The C++ tests (GoogleTest), and tests of what is built: exports, embedding, the tool's words (Python scripts).
+find_package(GTest REQUIRED)
+include(GoogleTest)
+file(GLOB_RECURSE test_sources CONFIGURE_DEPENDS tests/cpp/*_test.cpp tests/cpp/support/*.cpp)
+add_executable(flash_attn_tests ${test_sources})
+if("amx" IN_LIST isas)
+  target_sources(flash_attn_tests PRIVATE tests/cpp/cpu/emulated_tiles.cpp)
+  set_source_files_properties(tests/cpp/cpu/emulated_tiles.cpp PROPERTIES
+    COMPILE_OPTIONS "${kernel_flags};${avx512_flags}")
+endif()
+target_link_libraries(flash_attn_tests PRIVATE flash_attn_internal flash_attn_options GTest::gtest_main)
+target_compile_options(flash_attn_tests PRIVATE $<$<CONFIG:Release>:-O1>)  # compiling them costs more than running them
+target_include_directories(flash_attn_tests PRIVATE src tests/cpp)
+gtest_discover_tests(flash_attn_tests DISCOVERY_MODE PRE_TEST NO_PRETTY_VALUES PROPERTIES TIMEOUT 600)
+
+find_package(Python3 3.10 COMPONENTS Interpreter)
+if(NOT Python3_FOUND)
+  return()  # the rest are scripts
+endif()
+set(built_tests ${PROJECT_SOURCE_DIR}/tests/build)
+if(CMAKE_SYSTEM_NAME STREQUAL "Linux")
+  if(BUILD_SHARED_LIBS)
+    add_library(flash_attn_exports ALIAS flash_attn)
+  else()
+    flash_attn_add_library(flash_attn_exports SHARED)
+  endif()
+  set(exports_test ${Python3_EXECUTABLE} ${built_tests}/exports_test.py ${CMAKE_NM})
+  add_test(NAME exports COMMAND ${exports_test} $<TARGET_FILE:flash_attn_exports> ${PROJECT_SOURCE_DIR}/include)
+  if(NOT BUILD_SHARED_LIBS)
+    add_library(flash_attn_engine SHARED ${built_tests}/embedding/engine.cpp)
+    target_link_libraries(flash_attn_engine PRIVATE flash_attn)
+    add_test(NAME exports_of_an_embedder COMMAND ${exports_test} $<TARGET_FILE:flash_attn_engine> --only engine_check)
+  endif()
+endif()
+add_test(NAME embedding COMMAND ${Python3_EXECUTABLE} ${built_tests}/embedding_test.py
+         ${CMAKE_COMMAND} ${CMAKE_GENERATOR} ${CMAKE_CXX_COMPILER})
+if(FLASH_ATTN_CLI)
+  add_test(NAME tool COMMAND ${Python3_EXECUTABLE} ${PROJECT_SOURCE_DIR}/tests/cli/tool_test.py
+           $<TARGET_FILE:flash-attn>)
+endif()
