@@ -1,7 +1,7 @@
 """Runs engine_cases in Triton's interpreter, on the CPU: started by test_triton_interpreted.py as a process of its own,
 since an access out of bounds is a crash there. Prints what is wrong; its exit code says whether anything was.
 
-    python interpreted.py forward|backward|cache|nan float32|float16 PART PARTS
+    python interpreted.py forward|backward|cache|nan|seam float32|float16 PART PARTS
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import sys
 import warnings
 from pathlib import Path
 
+import flash_attn
 import torch
 import triton.runtime.interpreter as interpreter
 
@@ -76,15 +77,15 @@ def backward(x, options, report):
 
 def nan(m, report):
     """A NaN in one key, value or gradient reaches the rows that see it, and no others."""
-    for options in ({"causal": True}, {"window": (3, 2)}, {"chunk": 8}):
+    for options in ({"causal": True}, {"window": (3, 2)}):
         for what in ("k", "v", "dout"):
-            q, k, v = m.qkv(1, 40, 40, 1, 1, 16)
+            q, k, v = m.qkv(1, 24, 24, 1, 1, 16)
             dout = m.randn(*q.shape)
             clean = run_all(q, k, v, dout, options)
-            {"k": k, "v": v, "dout": dout}[what][0, 21] = float("nan")
+            {"k": k, "v": v, "dout": dout}[what][0, 13] = float("nan")
             p, t = engine_problem.make(q, k, v, **options)
-            i, j = torch.arange(40)[:, None], torch.arange(40)[None]
-            lo, hi = torch.zeros_like(i), torch.full_like(i, 40)
+            i, j = torch.arange(24)[:, None], torch.arange(24)[None]
+            lo, hi = torch.zeros_like(i), torch.full_like(i, 24)
             if p.window_left >= 0:
                 lo = i - p.window_left
             if p.window_right >= 0:
@@ -92,11 +93,11 @@ def nan(m, report):
             if p.chunk:
                 lo, hi = i // p.chunk * p.chunk, (i // p.chunk + 1) * p.chunk
             visible = (j >= lo) & (j < hi)
-            rows = visible[:, 21] if what != "dout" else torch.arange(40) == 21
+            rows = visible[:, 13] if what != "dout" else torch.arange(24) == 13
             keys = visible[rows].any(0)
             out, dq, dk, dv = run_all(q, k, v, dout, options)
             if what == "dout":
-                expect(report, "out", out, clean[0], torch.zeros(40, dtype=torch.bool))
+                expect(report, "out", out, clean[0], torch.zeros(24, dtype=torch.bool))
             else:
                 expect(report, "out", out, clean[0], rows)
             expect(report, "dq", dq, clean[1], rows)
@@ -136,6 +137,51 @@ def huge(m, report):
     report("lowest bias weighs alike", t.out[0, :10, 0], v[0, :, 0].double().mean(0).expand(10, -1))
 
 
+def seam(report):
+    """Public functions, through the core, against the oracle: the same mask of dropout, the same cache."""
+    names = flash_attn.features()
+    flash_attn.register_backend(
+        "interpreted", ENGINE, devices=("cpu",), dtypes=("float32",), serves=names, backward=names
+    )
+    m = engine_cases.Maker(torch.float32)
+
+    def differentiated(function, leaves, *rest, **options):
+        torch.manual_seed(1)
+        leaves = [x.clone().requires_grad_() for x in leaves]
+        out = function(*leaves, *rest, **options)
+        torch.manual_seed(2)
+        return [out, *torch.autograd.grad(out, leaves, torch.randn_like(out))]
+
+    def cached():
+        g = engine_cases.Maker(torch.float32)
+        (q, k, v), new = g.qkv(sq=2), {"k": g.randn(2, 2, 2, 32), "v": g.randn(2, 2, 2, 32)}
+        turn = engine_cases.rotary(g, 60, 8)
+        lengths = g.ints([11, 40])
+        out, lse = flash_attn.flash_attn_with_kvcache(
+            q, k, v, **new, **turn, cache_seqlens=lengths, causal=True, return_softmax_lse=True
+        )
+        return [out, lse, k, v]
+
+    packed, cu = m.packed()
+    calls = {
+        "dropout": lambda: differentiated(flash_attn.flash_attn_func, m_qkv, causal=True, dropout_p=0.3),
+        "packed": lambda: differentiated(
+            flash_attn.flash_attn_varlen_func, packed, *cu.values(), 33, 40, causal=True, softcap=3.0
+        ),
+        "cache": cached,
+    }
+    m_qkv = m.qkv()
+    for name, call in calls.items():
+        with flash_attn.backend("interpreted"):
+            ours = call()
+        with flash_attn.backend("reference"):
+            theirs = call()
+        for i, (x, y) in enumerate(zip(ours, theirs, strict=True)):
+            report(f"{name} {i}", x.detach(), y.detach().double())
+        if not torch.isfinite(ours[0]).all():
+            report(f"{name} is finite", torch.zeros(1), torch.ones(1, dtype=torch.float64))
+
+
 def main(which: str, dtype: str, part: int, parts: int) -> int:
     bear_new_numpy()
     m = engine_cases.Maker(getattr(torch, dtype))
@@ -151,7 +197,10 @@ def main(which: str, dtype: str, part: int, parts: int) -> int:
 
         return report
 
-    if which == "nan":
+    if which == "seam":
+        seam(reporter("seam"))
+        ran = 1
+    elif which == "nan":
         nan(m, reporter("nan"))
         huge(m, reporter("huge"))
         ran = 1

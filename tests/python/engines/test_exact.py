@@ -12,7 +12,8 @@ OPTIONS = {"causal": "causal", "window": "window_size", "softcap": "softcap", "s
 CASES = {
     name: (x, options)
     for name, x, options in engine_cases.single_features(engine_cases.Maker(torch.float64))
-    if set(options) <= {*OPTIONS, "cu_seqlens_q", "cu_seqlens_k"} and len({"cu_seqlens_q", "cu_seqlens_k"} & {*options}) != 1
+    if set(options) <= {*OPTIONS, "cu_seqlens_q", "cu_seqlens_k"}
+    and len({"cu_seqlens_q", "cu_seqlens_k"} & {*options}) != 1
 }
 
 
@@ -39,4 +40,6 @@ def test_oracle(name):
     torch.testing.assert_close(ours, out)
     torch.testing.assert_close(our_lse.float(), lse, rtol=1e-6, atol=1e-6)
     for (n, gradient), g in zip(exact.backward(p, t, dout, dlse).items(), grads, strict=True):
-        torch.testing.assert_close(gradient, torch.zeros_like(gradient) if g is None else g, rtol=1e-6, atol=1e-6, msg=n)
+        torch.testing.assert_close(
+            gradient, torch.zeros_like(gradient) if g is None else g, rtol=1e-6, atol=1e-6, msg=n
+        )

@@ -53,7 +53,7 @@ def rotary(m: Maker, rows: int, pairs: int, dtype=torch.float32):
 
 
 def single_features(m: Maker):
-    """Yields name, (q, k, v), options: each feature alone, forward and (where there are no pages or entries) backward."""
+    """Yields name, (q, k, v), options: each feature alone, of those that a backward has too."""
     qkv, ints, randn = m.qkv, m.ints, m.randn
     yield "plain", qkv(), {}
     yield "one key", qkv(sk=1), {}
@@ -128,7 +128,11 @@ def cache_features(m: Maker):
     yield "pages, packed lengths", x, {"block_table": table["block_table"], **lengths, "causal": True}
     many, pages = m.paged(lengths=(900, 300), page=16, sq=2, h=6, hk=2)
     yield "pages, many keys", many, {**pages, "causal": True, "sink": randn(6)}
-    yield "many keys", qkv(b=1, sq=1, sk=1100, h=8, hk=2), {"sink": randn(8), "alibi_slopes": randn(8, dtype=torch.float32) / 64}
+    yield (
+        "many keys",
+        qkv(b=1, sq=1, sk=1100, h=8, hk=2),
+        {"sink": randn(8), "alibi_slopes": randn(8, dtype=torch.float32) / 64},
+    )
     yield "many keys, window", qkv(b=1, sq=2, sk=1100, h=4, hk=1), {"window": (700, 0), "dropout_p": 0.2}
     yield "many keys, packed", (randn(6, 4, 32), *qkv(b=2, sk=700)[1:]), {
         "cu_seqlens_q": ints([1, 3, 4]), "seqused_k": ints([0, 690]), "sink": randn(4), "causal": True,
@@ -143,7 +147,8 @@ def cache_features(m: Maker):
         **new, **used, **rotary(m, 60, 16, m.dtype), "rotary_interleaved": True,
     }  # fmt: skip
     yield "new keys, positions", qkv(sq=3), {
-        **new, **used, **rotary(m, 60, 12), "causal": True, "rotary_positions": ints([30, 2]), "rotary_interleaved": True,
+        **new, **used, **rotary(m, 60, 12), "causal": True,
+        "rotary_positions": ints([30, 2]), "rotary_interleaved": True,
     }  # fmt: skip
     x, table = m.paged(page=5)
     new3 = {"new_k": randn(3, 4, 2, 32), "new_v": randn(3, 4, 2, 32)}

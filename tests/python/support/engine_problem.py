@@ -34,7 +34,11 @@ def make(
     batch_k, rows_k = (1, k.shape[0]) if packed_k else k.shape[:2]
     seqlen_k = t.block_table.shape[1] * rows_k if paged else rows_k
     if t.out is None:
-        t.out = q.new_full((*q.shape[:-1], v.shape[-1]), float("nan")) if poison else q.new_empty((*q.shape[:-1], v.shape[-1]))
+        t.out = (
+            q.new_full((*q.shape[:-1], v.shape[-1]), float("nan"))
+            if poison
+            else q.new_empty((*q.shape[:-1], v.shape[-1]))
+        )
     if t.lse is None and want_lse:
         shape = (q.shape[1], q.shape[0]) if packed_q else (q.shape[0], q.shape[2], q.shape[1])
         t.lse = torch.full(shape, float("nan"), dtype=torch.float32, device=q.device)

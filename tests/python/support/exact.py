@@ -44,6 +44,7 @@ def kept(p, t, b: int, rows: int, keys: int, device) -> torch.Tensor:
 
 def sequence(p, t, b: int):
     """-> slices of q's memory and index tensors of k's: (q_batch, first, rows, used), (batch, row) of each key."""
+
     def at(x, i=b):
         return int(x[i])
 

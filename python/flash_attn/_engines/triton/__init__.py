@@ -38,18 +38,19 @@ class TritonEngine:
             _run(run_backward, p, t, index)
 
     def refuses(self, p) -> str:
-        if p.dtype == "float64":
-            return "q: triton computes in float16, bfloat16 and float32, got float64"
-        if max(p.headdim, p.headdim_v) > 512:
-            return f"headdim: at most 512 in triton, got {p.headdim} (v: {p.headdim_v})"
         if _INTERPRETED and p.dtype == "bfloat16":
             return "q: Triton's interpreter has no right products of bfloat16"
         return ""
 
     def plan(self, p) -> str:
-        device = device_of(p.device_type, p.device_index) if hasattr(p, "device_type") else None
-        if device is None:
+        if _INTERPRETED:
+            device = device_of("cpu", 0)
+        elif torch.cuda.is_available():
+            device = device_of("cuda", torch.cuda.current_device())
+        else:
             return ""
+        if p.is_backward:
+            return configs.source(device.arch, triton.__version__)
         plan = Plan(p, device, triton.__version__)
         tile = plan.tile
         parts = f", keys in {plan.parts} parts" if plan.parts > 1 else ""

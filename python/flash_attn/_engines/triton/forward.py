@@ -109,16 +109,26 @@ class Plan:
             rows = rows * p.group if self.pack else rows
             which, most = "few_rows", 16 if rows <= 16 else 32 if rows <= 32 else 64
         self.choice = configs.Choice(
-            which, device.arch, version, widest, masked, itemsize, device.shared, min(most, 32) if itemsize == 4 else most
+            which,
+            device.arch,
+            version,
+            widest,
+            masked,
+            itemsize,
+            device.shared,
+            min(most, 32) if itemsize == 4 else most,
         )
         self.tile = configs.tile_for(*self.choice)
         self.tiles = -(-rows // self.tile.rows)
         self.heads = p.batch * (p.nheads_k if self.pack else p.nheads)
         programs = self.tiles * self.heads
         self.parts = 1
-        if programs and programs * 2 <= device.processors * (4 if self.pack else 1) and p.max_seqlen_k >= 256:
-            # One wave of programs (of 128 keys at least). Where one part leaves a good half of the processors at work, but
-            # not nearly all, two waves. H200, 16 sequences, 8 key heads: 128 programs read at 1.00 of the copy, 256 at 0.92.
+        # Long prefixes only: sequences that attend to themselves have one form, whatever their length.
+        long = p.max_seqlen_k >= max(256, 4 * p.max_seqlen_q)
+        if programs and long and programs * 2 <= device.processors * (4 if self.pack else 1):
+            # One wave of programs (of 128 keys at least). Where one part leaves a good half of the processors at work,
+            # but not nearly all, two waves. H200, 16 sequences, 8 key heads: 128 programs read at 1.00 of the copy's
+            # rate, 256 at 0.92.
             nearly_all = programs * 10 >= device.processors * 9
             wanted = device.processors * (1 if programs * 2 <= device.processors or nearly_all else 2)
             self.parts = max(1, min(wanted // programs, p.max_seqlen_k // 128, MOST_PARTS))
@@ -151,8 +161,8 @@ def run_forward(p, t, device, index, version) -> None:
     known = (
         index, p.dtype, q.shape, q.stride(), k.shape, k.stride(), v.shape, v.stride(), out.stride(),
         lse is not None and lse.stride(), (q.data_ptr() | k.data_ptr() | v.data_ptr() | out.data_ptr()) & 15,
-        p.scale, p.softcap, p.window_left, p.window_right, p.chunk, p.max_seqlen_q, p.max_seqlen_k, p.empty_lse, p.used_k,
-        p.drop_threshold, None if optional == _NOTHING else (layout(optional), p.rotary_interleaved),
+        p.scale, p.softcap, p.window_left, p.window_right, p.chunk, p.max_seqlen_q, p.max_seqlen_k, p.empty_lse,
+        p.used_k, p.drop_threshold, None if optional == _NOTHING else (layout(optional), p.rotary_interleaved),
         None if not (p.seqlen_new or p.max_new) else (p.seqlen_new, p.rows_new, p.max_new),
         precision(p), None if not p.drop_threshold or t.dropout_state is not None else (p.seed, p.offset),
     )  # fmt: skip

@@ -31,7 +31,7 @@ class Call:
     __slots__ = ("aligned", "choice", "compiled", "constants", "key", "numbers", "programs", "stages", "warps")
 
     def __init__(self, programs: int, numbers: tuple, constants: tuple, key, aligned: bool, tile, choice=None):
-        """`numbers`: arguments behind the tensors; `constants`: the constexprs, which come last; `choice`: of the tile."""
+        """`numbers`: arguments behind the tensors; `constants`: the constexprs, which come last; `choice`: of tile."""
         self.programs, self.numbers, self.constants = programs, numbers, constants
         self.key, self.aligned, self.choice = key, aligned, choice
         self.warps, self.stages = tile
@@ -91,7 +91,7 @@ class Kernel:
 
 
 class Calls:
-    """Calls by what they follow from; forgets all when there are many, as a length in the key may grow with every step."""
+    """Calls by what they follow from. Forgets all when there are many, as a length in the key may grow step by step."""
 
     def __init__(self, most: int = 4096):
         self._most, self._calls = most, {}

@@ -1,4 +1,5 @@
-"""New keys and values join the cache, behind the keys in use; keys are rotated to where they stand: src/core/append.cpp.
+"""New keys and values join the cache, behind the keys in use; keys are rotated to where they stand:
+src/core/append.cpp.
 
 A program moves ROWS new rows of one head: each is read once and written once.
 """

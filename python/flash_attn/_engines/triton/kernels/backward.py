@@ -2,7 +2,8 @@
 
 Counted per tile of 64 x 64 at headdim 128: a fused kernel would do five products instead of seven, and add 32 KB of
 dq in fp32 to memory for each tile, 6 bytes per kFLOP: more than memory has for tensor cores.
-dq_kernel runs first: it owns ROWS rows and passes over keys, as the forward does; it has dout at hand, and computes delta.
+dq_kernel runs first: it owns ROWS rows and passes over keys, as the forward does; it has dout at hand, and computes
+delta.
 dkdv_kernel owns KEYS keys of one key head and passes over the rows that see them, of all query heads of the group. Its
 scores are transposed, (keys, rows), so that P and dS come out of one product in the shape that the next one takes from
 registers. Where dk and dv together would take all registers (headdim 256: 2 x 64 KB of 256 KB, for 64 keys), dk and dv
@@ -51,9 +52,9 @@ def dkdv_kernel(
     q_b: "i64", q_r: "i64", q_h: "i64", k_b: "i64", k_r: "i64", k_h: "i64", v_b: "i64", v_r: "i64", v_h: "i64",
     do_b: "i64", do_r: "i64", do_h: "i64", dk_b: "i64", dk_r: "i64", dk_h: "i64", dv_b: "i64", dv_r: "i64", dv_h: "i64",
     q_c, k_c, v_c, do_c, dk_c, dv_c,
-    heads, nheads, group, tiles, block, rows_q, rows_k, seqlen_k, headdim, headdim_v, used, left, right, chunk, programs,
-    alibi_b, alibi_h, bias_b, bias_h, bias_r, bias_c, bias_rows, bias_keys, threshold, seed: "i64", offset: "i64",
-    factor: "fp32", scale: "fp32", softcap, drop_scale,
+    heads, nheads, group, tiles, block, rows_q, rows_k, seqlen_k, headdim, headdim_v, used, left, right, chunk,
+    programs, alibi_b, alibi_h, bias_b, bias_h, bias_r, bias_c, bias_rows, bias_keys, threshold,
+    seed: "i64", offset: "i64", factor: "fp32", scale: "fp32", softcap, drop_scale,
     ROWS: tl.constexpr, KEYS: tl.constexpr, COLS: tl.constexpr, COLS_V: tl.constexpr, EVEN: tl.constexpr,
     UNIT: tl.constexpr, WIDE: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
     FIRST: tl.constexpr, WHICH: tl.constexpr,
@@ -130,8 +131,10 @@ def dkdv_kernel(
                     dp = tl.dot(values, tl.trans(grads), input_precision=PRECISION)
                 position = i + count - seqlen_q
                 p, t = probabilities(
-                    s, l2[None, :], i[None, :], j[:, None], position[None, :], h, b, seqlen_q, count, factor, scale, softcap,
-                    alibi, alibi_b, alibi_h, bias, bias_b, bias_h, bias_r, bias_c, bias_rows, bias_keys, PRECISION == "ieee",
+                    s, l2[None, :], i[None, :], j[:, None], position[None, :], h, b,
+                    seqlen_q, count, factor, scale, softcap,
+                    alibi, alibi_b, alibi_h, bias, bias_b, bias_h, bias_r, bias_c, bias_rows, bias_keys,
+                    PRECISION == "ieee",
                 )  # fmt: skip
                 if MASK > 0 and EDGE == 1:
                     p = tl.where(is_near(j[:, None], position[None, :], left, right, chunk, MASK), p, 0.0)
@@ -179,8 +182,10 @@ def dkdv_kernel(
                     dp = tl.sum(values.to(tl.float32) * grads.to(tl.float32), 1)[:, None]
                 i = m + tl.zeros((1, 1), tl.int32)
                 p, t = probabilities(
-                    s, tl.load(lse2 + stats + m), i, j[:, None], i + count - seqlen_q, h, b, seqlen_q, count, factor, scale, softcap,
-                    alibi, alibi_b, alibi_h, bias, bias_b, bias_h, bias_r, bias_c, bias_rows, bias_keys, PRECISION == "ieee",
+                    s, tl.load(lse2 + stats + m), i, j[:, None], i + count - seqlen_q, h, b,
+                    seqlen_q, count, factor, scale, softcap,
+                    alibi, alibi_b, alibi_h, bias, bias_b, bias_h, bias_r, bias_c, bias_rows, bias_keys,
+                    PRECISION == "ieee",
                 )  # fmt: skip
                 visible = is_near(j[:, None], i + count - seqlen_q, left, right, chunk, MASK)
                 stays = None
@@ -209,9 +214,9 @@ def dq_kernel(
     q_b: "i64", q_r: "i64", q_h: "i64", k_b: "i64", k_r: "i64", k_h: "i64", v_b: "i64", v_r: "i64", v_h: "i64",
     o_b: "i64", o_r: "i64", o_h: "i64", do_b: "i64", do_r: "i64", do_h: "i64", dq_b: "i64", dq_r: "i64", dq_h: "i64",
     lse_b: "i64", lse_h: "i64", dlse_b: "i64", dlse_h: "i64", q_c, k_c, v_c, o_c, do_c, dq_c, lse_r, dlse_r,
-    heads, nheads, group, tiles, block, rows_q, rows_k, seqlen_k, headdim, headdim_v, used, left, right, chunk, programs,
-    alibi_b, alibi_h, bias_b, bias_h, bias_r, bias_c, bias_rows, bias_keys, threshold, seed: "i64", offset: "i64",
-    factor: "fp32", scale: "fp32", softcap, drop_scale,
+    heads, nheads, group, tiles, block, rows_q, rows_k, seqlen_k, headdim, headdim_v, used, left, right, chunk,
+    programs, alibi_b, alibi_h, bias_b, bias_h, bias_r, bias_c, bias_rows, bias_keys, threshold,
+    seed: "i64", offset: "i64", factor: "fp32", scale: "fp32", softcap, drop_scale,
     ROWS: tl.constexpr, KEYS: tl.constexpr, COLS: tl.constexpr, COLS_V: tl.constexpr, EVEN: tl.constexpr,
     UNIT: tl.constexpr, WIDE: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
     FIRST: tl.constexpr,
@@ -289,8 +294,10 @@ def dq_kernel(
             dp = tl.dot(grads, tl.trans(values), input_precision=PRECISION)
             j = n + tl.arange(0, KEYS)
             p, t = probabilities(
-                s, l2[:, None], i[:, None], j[None, :], position[:, None], h, b, seqlen_q, count, factor, scale, softcap,
-                alibi, alibi_b, alibi_h, bias, bias_b, bias_h, bias_r, bias_c, bias_rows, bias_keys, PRECISION == "ieee",
+                s, l2[:, None], i[:, None], j[None, :], position[:, None], h, b,
+                seqlen_q, count, factor, scale, softcap,
+                alibi, alibi_b, alibi_h, bias, bias_b, bias_h, bias_r, bias_c, bias_rows, bias_keys,
+                PRECISION == "ieee",
             )  # fmt: skip
             if EDGE == 1:
                 p = tl.where((j[None, :] >= lo[:, None]) & (j[None, :] < hi[:, None]), p, 0.0)
@@ -318,8 +325,10 @@ def dq_kernel(
                 dp = tl.sum(grads.to(tl.float32) * values.to(tl.float32), 1)[:, None]
                 j = n + tl.zeros((1, 1), tl.int32)
                 p, t = probabilities(
-                    s, l2[:, None], i[:, None], j, position[:, None], h, b, seqlen_q, count, factor, scale, softcap,
-                    alibi, alibi_b, alibi_h, bias, bias_b, bias_h, bias_r, bias_c, bias_rows, bias_keys, PRECISION == "ieee",
+                    s, l2[:, None], i[:, None], j, position[:, None], h, b,
+                    seqlen_q, count, factor, scale, softcap,
+                    alibi, alibi_b, alibi_h, bias, bias_b, bias_h, bias_r, bias_c, bias_rows, bias_keys,
+                    PRECISION == "ieee",
                 )  # fmt: skip
                 visible = (j >= lo[:, None]) & (j < hi[:, None])
                 stays = None

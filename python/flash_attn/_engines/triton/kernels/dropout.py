@@ -24,7 +24,7 @@ def philox(c0, c1, c2, c3, k0, k1):
 
 @triton.jit
 def seed_of(state, seed, offset):
-    """(seed, offset) as the generator's key and last counter. Where torch drew them, they are in the device's memory."""
+    """(seed, offset) as the generator's key and last counter. Drawn by torch, they are in the device's memory."""
     if state is not None:
         seed = tl.load(state)
         offset = tl.load(state + 1)

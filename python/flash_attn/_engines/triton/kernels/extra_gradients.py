@@ -76,8 +76,10 @@ def dbias_kernel(
                     s = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
                     dp = tl.dot(grads, tl.trans(values), input_precision=PRECISION)
                     p, t = probabilities(
-                        s, l2[:, None], i[:, None], j[None, :], position[:, None], h, b, seqlen_q, count, factor, scale, softcap,
-                        alibi, alibi_b, alibi_h, bias, bias_b, bias_h, bias_r, bias_c, bias_rows, bias_keys, PRECISION == "ieee",
+                        s, l2[:, None], i[:, None], j[None, :], position[:, None], h, b,
+                        seqlen_q, count, factor, scale, softcap,
+                        alibi, alibi_b, alibi_h, bias, bias_b, bias_h, bias_r, bias_c, bias_rows, bias_keys,
+                        PRECISION == "ieee",
                     )  # fmt: skip
                     lo, hi = row_interval(position, count, left, right, chunk, MASK)
                     visible = (j[None, :] >= lo[:, None]) & (j[None, :] < hi[:, None])
@@ -97,9 +99,7 @@ def dbias_kernel(
 
 
 @triton.jit
-def dsink_kernel(
-    sink, dsink, lse2, delta, batch, nheads, rows_q, sink_h, dsink_h, ROWS: tl.constexpr
-):
+def dsink_kernel(sink, dsink, lse2, delta, batch, nheads, rows_q, sink_h, dsink_h, ROWS: tl.constexpr):
     """dsink (nheads) = sum over all rows of P_sink (dlse - dout.out); a program per head, one order.
 
     Rows of no sequence and rows that see nothing have lse2 = +inf: P_sink = 0.

@@ -35,8 +35,8 @@ def query_offsets(r, first, group, stride_row, stride_head, PACK: tl.constexpr, 
 
 @triton.jit
 def never(x):
-    """0, for x >= 0; but the compiler does not know. What is computed from it once more for the careful pass is then not
-    kept in registers through the loops before, which need them."""
+    """0, for x >= 0; but the compiler does not know. What the careful pass computes from it once more is then not kept
+    in registers through the loops before, which need them."""
     return (x < 0).to(tl.int32)
 
 
@@ -93,7 +93,6 @@ def forward_kernel(
     headdim_v *= UNIT
     pid = tl.program_id(0)
     rows_of = tl.arange(0, ROWS)
-    cols = tl.arange(0, COLS)
     cols_v = tl.arange(0, COLS_V)
 
     sequences = heads // (nheads // group if PACK else nheads)
@@ -192,13 +191,13 @@ def forward_kernel(
         k0, k1, last = seed_of(state, seed, offset)
 
     PLAIN: tl.constexpr = softcap is None and alibi is None and bias is None
-    # One multiply-add per score rounds factor * m, not factor * s: an error of half an ulp of the largest exponent, common
-    # to the row, which the sum divides out. Where exponents exceed 2^24 it would overflow: there the factor is a power of
-    # two, which is exact, and what is not the largest is 0 anyway.
+    # One multiply-add per score rounds factor * m, not factor * s: an error of half an ulp of the largest exponent,
+    # common to the row, which the sum divides out. Where exponents exceed 2^24 it would overflow: there the factor is a
+    # power of two, which is exact, and what is not the largest is 0 anyway.
     power = tl.exp2(tl.floor(tl.log2(factor)))
     limit = 16777216.0 / factor
-    # The largest raw score so far. The lowest float stands for "none yet": no score is below it, and it is finite, so that
-    # a row of -inf needs no case of its own. (With a factor above 1 it is lowered so that their product is finite.)
+    # The largest raw score so far. The lowest float stands for "none yet": no score is below it, and it is finite,
+    # so that a row of -inf needs no case of its own. (With a factor above 1 it is lowered so that their product is finite.)
     m = tl.zeros((ROWS,), tl.float32) - 3.4028234663852886e38 / tl.maximum(power, 1.0)
     l = tl.zeros((ROWS,), tl.float32)
     acc = tl.zeros((ROWS, COLS_V), tl.float32)
@@ -234,8 +233,8 @@ def forward_kernel(
             m = m_new
 
     if MASK > 0:
-        # A value that is no number has met a probability of 0 in the rows of its tile that do not see it: 0 times NaN is
-        # NaN. Then there is a NaN in acc, and all is done once more, key by key, slowly; m and l are right already.
+        # A value that is no number has met a probability of 0 in the rows of its tile that do not see it: 0 times NaN
+        # is NaN. Then there is a NaN in acc, and all is done once more, key by key, slowly; m and l are right already.
         # Without tensor cores, whose registers the compiler would take from the loop above.
         if any_nan(acc):
             acc = tl.zeros((ROWS, COLS_V), tl.float32)

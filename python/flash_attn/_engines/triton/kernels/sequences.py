@@ -143,7 +143,9 @@ def is_outside(cu, sequences, row, rows):
 
 
 @triton.jit
-def clear_rows(x, row, outside, nheads, stride_row, stride_head, stride_col, size, ROWS: tl.constexpr, COLS: tl.constexpr):
+def clear_rows(
+    x, row, outside, nheads, stride_row, stride_head, stride_col, size, ROWS: tl.constexpr, COLS: tl.constexpr
+):
     """Zeros in rows `row` (ROWS) of all heads. Strides in elements."""
     cols = tl.arange(0, COLS)
     where = x + (row.to(tl.int64) * stride_row)[:, None]
@@ -158,8 +160,8 @@ def clear_rows(x, row, outside, nheads, stride_row, stride_head, stride_col, siz
 
 @triton.jit
 def tile_and_head(pid, tiles, block, heads, LAST_FIRST: tl.constexpr):
-    """The order of programs: blocks of `block` heads, whose tensors stay in the cache together; of these first the tiles
-    with most work under a causal mask (the last rows, the first keys), then the next tiles of all of them."""
+    """The order of programs: blocks of `block` heads, whose tensors stay in the cache together; of these first the
+    tiles with most work under a causal mask (the last rows, the first keys), then the next tiles of all of them."""
     which = pid // (tiles * block)
     width = tl.minimum(block, heads - which * block)
     rest = pid % (tiles * block)
