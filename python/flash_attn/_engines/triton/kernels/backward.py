@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from .dropout import kept, kept_one, seed_of
-from .forward import any_nan, never
+from .forward import any_nan
 from .gradients import probabilities, row_statistics, score_gradients
 from .mask import is_near, key_tiles, row_interval, row_tiles, tile_at, tile_count
 from .sequences import clear_rows, is_outside, key_rows, load_tile, query_rows, tile_and_head, tile_offsets
@@ -43,6 +43,42 @@ def load_rows(x, first, i, known, stride_row, stride_col, size, COLS: tl.constex
         return tl.load(where, mask=known[:, None], other=0.0)
     else:
         return tl.load(where, mask=known[:, None] & (cols < size)[None, :], other=0.0)
+
+
+@triton.jit
+def column(x, c, stride_col):
+    """The address of column c."""
+    if stride_col is None:
+        return x + c
+    else:
+        return x + stride_col * c
+
+
+@triton.jit
+def load_one(x, c, stride_col, size, PIECE: tl.constexpr):
+    """Columns c + [0, PIECE) of the one row at address x, (1, PIECE), in fp32."""
+    cols = tl.arange(0, PIECE)
+    where = column(x, c, stride_col)
+    if stride_col is None:
+        where = where + cols
+    else:
+        where = where + cols.to(tl.int64) * stride_col
+    return tl.load(where, mask=cols < size - c, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
+def products(
+    x, first, i, known, stride_row, stride_col, y, stride_col_y, size, PIECE: tl.constexpr, UNIT: tl.constexpr
+):
+    """Rows first + i of x times the one row at address y -> (ROWS, 1): on vector units, by pieces of the columns, which
+    take few registers. For the careful passes."""
+    total = tl.zeros((i.shape[0],), tl.float32)
+    for c in range(0, size, PIECE):
+        rows = load_rows(
+            column(x, c, stride_col), first, i, known, stride_row, stride_col, size - c, PIECE, False, UNIT
+        )
+        total += tl.sum(rows.to(tl.float32) * load_one(y, c, stride_col_y, size, PIECE), 1)
+    return total[:, None]
 
 
 @triton.jit
@@ -151,53 +187,59 @@ def dkdv_kernel(
                 if WHICH != 2:
                     acc_k = tl.dot(du.to(queries.dtype), queries, acc_k, input_precision=PRECISION)
 
-    if MASK > 0:  # a NaN in acc: once more, row by row, as in forward_kernel
+    if (
+        MASK > 0
+    ):  # a NaN in acc: once more, row by row, as in forward_kernel, but by pieces of columns, which go to memory
         again = tile < 0
         if WHICH != 2:
             again = again | any_nan(acc_k)
         if WHICH != 1:
             again = again | any_nan(acc_v)
         if again:
-            if WHICH != 2:
-                acc_k = tl.zeros((KEYS, COLS), tl.float32)
-            if WHICH != 1:
-                acc_v = tl.zeros((KEYS, COLS_V), tl.float32)
+            PIECE: tl.constexpr = COLS if COLS < 64 else 64
+            PIECE_V: tl.constexpr = COLS_V if COLS_V < 64 else 64
             careful = tl.minimum(end, seqlen_q) - start
-            hidden = never(nheads)
-            for x in range(group * careful):  # row start + x % careful of head x // careful of the group
-                h = head_k * group + x // careful
-                m = start + x % careful
-                q_at = q + (q_batch.to(tl.int64) * q_b + h.to(tl.int64) * q_h) * UNIT
-                do_at = dout + (q_batch.to(tl.int64) * do_b + h.to(tl.int64) * do_h) * UNIT
-                stats = (q_batch.to(tl.int64) * nheads + h) * rows_q + q_first
-                queries = load_tile(q_at, m, q_first, seqlen_q, None, None, None, q_b, q_r, q_c, headdim,
-                                    1, COLS, EVEN, True, 0, UNIT, WIDE)  # fmt: skip
-                grads = load_tile(do_at, m, q_first, seqlen_q, None, None, None, do_b, do_r, do_c, headdim_v,
-                                  1, COLS_V, EVEN, True, 0, UNIT, WIDE)  # fmt: skip
-                keys = load_rows(k_at, k_first, j + hidden, known, k_r, k_c, headdim, COLS, EVEN, UNIT)
-                s = tl.sum(keys.to(tl.float32) * queries.to(tl.float32), 1)[:, None]
-                dp = s
+            for c in range(0, tl.maximum(headdim, headdim_v), 64):
                 if WHICH != 2:
-                    values = load_rows(v_at, k_first, j + hidden, known, v_r, v_c, headdim_v, COLS_V, EVEN, UNIT)
-                    dp = tl.sum(values.to(tl.float32) * grads.to(tl.float32), 1)[:, None]
-                i = m + tl.zeros((1, 1), tl.int32)
-                p, t = probabilities(
-                    s, tl.load(lse2 + stats + m), i, j[:, None], i + count - seqlen_q, h, b,
-                    seqlen_q, count, factor, scale, softcap,
-                    alibi, alibi_b, alibi_h, bias, bias_b, bias_h, bias_r, bias_c, bias_rows, bias_keys,
-                    PRECISION == "ieee",
-                )  # fmt: skip
-                visible = is_near(j[:, None], i + count - seqlen_q, left, right, chunk, MASK)
-                stays = None
-                if threshold is not None:
-                    rows_here = m + tl.zeros((1,), tl.int32)
-                    plane = rows_here * 0 + (b * nheads + h)
-                    stays = tl.trans(kept(rows_here, n, plane, k0, k1, last, threshold, 1, KEYS).to(tl.int8)) != 0
-                p, du, ds = score_gradients(p, t, dp, tl.load(delta + stats + m), softcap, stays, drop_scale)
+                    part_k = tl.zeros((KEYS, PIECE), tl.float32)
                 if WHICH != 1:
-                    acc_v += tl.where(visible, p * grads.to(tl.float32), 0.0)
+                    part_v = tl.zeros((KEYS, PIECE_V), tl.float32)
+                for x in range(group * careful):  # row start + x % careful of head x // careful of the group
+                    h = head_k * group + x // careful
+                    m = start + x % careful
+                    row = (q_first + m).to(tl.int64)
+                    query = q + (q_batch.to(tl.int64) * q_b + row * q_r + h.to(tl.int64) * q_h) * UNIT
+                    grad = dout + (q_batch.to(tl.int64) * do_b + row * do_r + h.to(tl.int64) * do_h) * UNIT
+                    stats = (q_batch.to(tl.int64) * nheads + h) * rows_q + q_first
+                    s = products(k_at, k_first, j, known, k_r, k_c, query, q_c, headdim, PIECE, UNIT)
+                    dp = s
+                    if WHICH != 2:
+                        dp = products(v_at, k_first, j, known, v_r, v_c, grad, do_c, headdim_v, PIECE_V, UNIT)
+                    i = m + tl.zeros((1, 1), tl.int32)
+                    p, t = probabilities(
+                        s, tl.load(lse2 + stats + m), i, j[:, None], i + count - seqlen_q, h, b,
+                        seqlen_q, count, factor, scale, softcap,
+                        alibi, alibi_b, alibi_h, bias, bias_b, bias_h, bias_r, bias_c, bias_rows, bias_keys,
+                        PRECISION == "ieee",
+                    )  # fmt: skip
+                    visible = is_near(j[:, None], i + count - seqlen_q, left, right, chunk, MASK)
+                    stays = None
+                    if threshold is not None:
+                        rows_here = m + tl.zeros((1,), tl.int32)
+                        plane = rows_here * 0 + (b * nheads + h)
+                        stays = tl.trans(kept(rows_here, n, plane, k0, k1, last, threshold, 1, KEYS).to(tl.int8)) != 0
+                    p, du, ds = score_gradients(p, t, dp, tl.load(delta + stats + m), softcap, stays, drop_scale)
+                    if WHICH != 1:
+                        part_v += tl.where(visible, p * load_one(grad, c, do_c, headdim_v, PIECE_V), 0.0)
+                    if WHICH != 2:
+                        part_k += tl.where(visible, du * load_one(query, c, q_c, headdim, PIECE), 0.0)
                 if WHICH != 2:
-                    acc_k += tl.where(visible, du * queries.to(tl.float32), 0.0)
+                    to_k = column(dk + (k_batch.to(tl.int64) * dk_b + head_k.to(tl.int64) * dk_h) * UNIT, c, dk_c)
+                    store_tile(to_k, k_first + j, known, dk_r, dk_c, headdim - c, part_k * scale, PIECE, UNIT)
+                if WHICH != 1:
+                    to_v = column(dv + (k_batch.to(tl.int64) * dv_b + head_k.to(tl.int64) * dv_h) * UNIT, c, dv_c)
+                    store_tile(to_v, k_first + j, known, dv_r, dv_c, headdim_v - c, part_v, PIECE_V, UNIT)
+            return
 
     if WHICH != 2:
         to_k = dk + (k_batch.to(tl.int64) * dk_b + head_k.to(tl.int64) * dk_h) * UNIT
@@ -310,31 +352,33 @@ def dq_kernel(
             p, du, ds = score_gradients(p, t, dp, d[:, None], softcap, stays, drop_scale)
             acc = tl.dot(du.to(keys.dtype), keys, acc, input_precision=PRECISION)
 
-    if MASK > 0:  # a NaN in acc: once more, key by key, as in forward_kernel
+    if MASK > 0:  # a NaN in acc: once more, key by key, as in dkdv_kernel
         if any_nan(acc):
-            acc = tl.zeros((ROWS, COLS), tl.float32)
-            hidden = never(nheads)
-            for n in range(start, tl.minimum(end, count)):
-                queries = load_rows(q_at, q_first, i + hidden, i < seqlen_q, q_r, q_c, headdim, COLS, EVEN, UNIT)
-                grads = load_rows(do_at, q_first, i + hidden, i < seqlen_q, do_r, do_c, headdim_v, COLS_V, EVEN, UNIT)
-                keys = load_tile(k_at, n, k_first, count, None, None, None, k_b, k_r, k_c, headdim,
-                                 1, COLS, EVEN, True, 0, UNIT, WIDE)  # fmt: skip
-                values = load_tile(v_at, n, k_first, count, None, None, None, v_b, v_r, v_c, headdim_v,
-                                   1, COLS_V, EVEN, True, 0, UNIT, WIDE)  # fmt: skip
-                s = tl.sum(queries.to(tl.float32) * keys.to(tl.float32), 1)[:, None]
-                dp = tl.sum(grads.to(tl.float32) * values.to(tl.float32), 1)[:, None]
-                j = n + tl.zeros((1, 1), tl.int32)
-                p, t = probabilities(
-                    s, l2[:, None], i[:, None], j, position[:, None], h, b,
-                    seqlen_q, count, factor, scale, softcap,
-                    alibi, alibi_b, alibi_h, bias, bias_b, bias_h, bias_r, bias_c, bias_rows, bias_keys,
-                    PRECISION == "ieee",
-                )  # fmt: skip
-                visible = (j >= lo[:, None]) & (j < hi[:, None])
-                stays = None
-                if threshold is not None:
-                    stays = kept_one(i, n, plane, k0, k1, last, threshold, ROWS)
-                p, du, ds = score_gradients(p, t, dp, d[:, None], softcap, stays, drop_scale)
-                acc += tl.where(visible, du * keys.to(tl.float32), 0.0)
+            PIECE: tl.constexpr = COLS if COLS < 64 else 64
+            PIECE_V: tl.constexpr = COLS_V if COLS_V < 64 else 64
+            valid = i < seqlen_q
+            for c in range(0, headdim, PIECE):
+                part = tl.zeros((ROWS, PIECE), tl.float32)
+                for n in range(start, tl.minimum(end, count)):
+                    key = k_at + (k_first + n).to(tl.int64) * k_r * UNIT
+                    value = v_at + (k_first + n).to(tl.int64) * v_r * UNIT
+                    s = products(q_at, q_first, i, valid, q_r, q_c, key, k_c, headdim, PIECE, UNIT)
+                    dp = products(do_at, q_first, i, valid, do_r, do_c, value, v_c, headdim_v, PIECE_V, UNIT)
+                    j = n + tl.zeros((1, 1), tl.int32)
+                    p, t = probabilities(
+                        s, l2[:, None], i[:, None], j, position[:, None], h, b,
+                        seqlen_q, count, factor, scale, softcap,
+                        alibi, alibi_b, alibi_h, bias, bias_b, bias_h, bias_r, bias_c, bias_rows, bias_keys,
+                        PRECISION == "ieee",
+                    )  # fmt: skip
+                    visible = (j >= lo[:, None]) & (j < hi[:, None])
+                    stays = None
+                    if threshold is not None:
+                        stays = kept_one(i, n, plane, k0, k1, last, threshold, ROWS)
+                    p, du, ds = score_gradients(p, t, dp, d[:, None], softcap, stays, drop_scale)
+                    part += tl.where(visible, du * load_one(key, c, k_c, headdim, PIECE), 0.0)
+                to = column(dq + (q_batch.to(tl.int64) * dq_b + h.to(tl.int64) * dq_h) * UNIT, c, dq_c)
+                store_tile(to, q_first + i, known, dq_r, dq_c, headdim - c, part * scale, PIECE, UNIT)
+            return
     to = dq + (q_batch.to(tl.int64) * dq_b + h.to(tl.int64) * dq_h) * UNIT
     store_tile(to, q_first + i, known, dq_r, dq_c, headdim, acc * scale, COLS, UNIT)

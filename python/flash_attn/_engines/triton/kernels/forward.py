@@ -196,8 +196,8 @@ def forward_kernel(
     # power of two, which is exact, and what is not the largest is 0 anyway.
     power = tl.exp2(tl.floor(tl.log2(factor)))
     limit = 16777216.0 / factor
-    # The largest raw score so far. The lowest float stands for "none yet": no score is below it, and it is finite,
-    # so that a row of -inf needs no case of its own. (With a factor above 1 it is lowered so that their product is finite.)
+    # The largest raw score so far. The lowest float stands for "none yet": no score is below it, and it is finite, so
+    # that a row of -inf needs no case of its own. (Lowered where the factor is above 1: their product must be finite.)
     m = tl.zeros((ROWS,), tl.float32) - 3.4028234663852886e38 / tl.maximum(power, 1.0)
     l = tl.zeros((ROWS,), tl.float32)
     acc = tl.zeros((ROWS, COLS_V), tl.float32)
