@@ -1,0 +1,112 @@
+"""Tile sizes: measured ones from configs/*.json, by architecture and Triton version, else a safe choice.
+
+A file holds a list of {"pass", "columns", "masked", "rows", "keys", "warps", "stages", "why"}. What was best on one
+version of Triton may be half as fast on the next, so that a version without a file of its own takes the nearest one and
+says so. Sizes know nothing of lengths or batch: other lengths compile nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+_FOLDER = Path(__file__).with_name("configs")
+
+
+class Tile(NamedTuple):
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+    loops: int = 2  # 2: one without a mask and one for the edges; 1: one for all tiles, quicker where there are few
+
+
+class Choice(NamedTuple):
+    """What decides a tile."""
+
+    which: str  # forward, few_rows (a decode step), dq, dkdv, or where headdim is large dk and dv; dbias
+    arch: str
+    version: str  # of Triton
+    columns: int  # the larger headdim, rounded up to a power of two
+    masked: bool
+    itemsize: int
+    shared: int  # bytes of shared memory that the device has for one program
+    most_rows: int = 128
+
+
+# How often the compiler has found a choice too large (a tile of many features may take more registers than there are).
+_failures: dict[Choice, int] = {}
+
+
+def tile_for(*choice) -> Tile:
+    """`choice`: the fields of a Choice."""
+    choice = Choice(*choice)
+    return _candidates(choice)[_failures.get(choice, 0)]
+
+
+def try_smaller(choice: Choice) -> bool:
+    """After a failure to compile: whether there is a smaller tile, which is taken from now on."""
+    _failures[choice] = _failures.get(choice, 0) + 1
+    return _failures[choice] < len(_candidates(choice))
+
+
+@functools.cache
+def _table(arch: str, version: str) -> tuple[dict, str]:
+    """-> {(pass, columns, masked): Tile}, and the file that it is from ("": none)."""
+    minor = ".".join(version.split(".")[:2])
+    files = sorted(_FOLDER.glob(f"{arch}-triton-*.json"))
+    if not files:
+        return {}, ""
+    file = next((f for f in files if f.stem.endswith(f"-{minor}")), files[-1])
+    table = {}
+    for entry in json.loads(file.read_text())["tiles"]:
+        tile = Tile(entry["rows"], entry["keys"], entry["warps"], entry["stages"], entry.get("loops", 2))
+        for masked in (entry["masked"],) if "masked" in entry else (False, True):
+            table[entry["pass"], entry["columns"], masked] = tile
+    return table, file.stem
+
+
+def bytes_of(which: str, tile: Tile, columns: int, itemsize: int) -> int:
+    """Shared memory of a tile, from above: what is streamed, once per stage; what stays; one tile of scores."""
+    if which in ("forward", "few_rows"):
+        streamed, stays = 2 * tile.keys, tile.rows
+    elif which in ("dkdv", "dk", "dv"):
+        streamed, stays = 2 * tile.rows, (1 if which == "dv" else 2) * tile.keys
+    else:
+        streamed, stays = 2 * tile.keys, 2 * tile.rows
+    return (max(tile.stages, 1) * streamed + stays) * columns * itemsize + tile.rows * tile.keys * itemsize + 2048
+
+
+@functools.cache
+def _candidates(choice: Choice) -> list[Tile]:
+    """Tiles to try, the best first: a measured one, then a falling list of those that fit the shared memory."""
+    which, arch, version, columns, masked, itemsize, shared, most_rows = choice
+    small = [Tile(32, 32, 4, 2), Tile(32, 32, 4, 1), Tile(32, 16, 4, 1), Tile(16, 32, 4, 1), Tile(16, 16, 4, 1)]
+    if itemsize == 4:  # exact products run on the vector units, and keep whole rows in registers
+        tiles = [Tile(64, 32, 4, 1)] if columns <= 64 and which == "forward" else []
+        tiles += [Tile(32, 32, 4, 1), Tile(16, 32, 4, 1), Tile(16, 16, 4, 1)]
+    elif which == "few_rows":  # bound by memory: keys in flight are what counts
+        tiles = [Tile(most_rows, 64, 4, 3), Tile(most_rows, 64, 4, 2), Tile(most_rows, 32, 4, 2), *small]
+    elif which == "forward":
+        tiles = [Tile(128, 64, 8, 2), Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(64, 32, 4, 1), *small]
+        if columns <= 64:
+            tiles.insert(0, Tile(128, 64, 4, 2))
+    elif which in ("dk", "dv"):
+        tiles = [Tile(32, 64, 4, 2), Tile(32, 64, 4, 1), *small]
+    else:
+        tiles = [Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(64, 32, 4, 1), Tile(32, 64, 4, 1), *small]
+    if which == "few_rows":
+        tiles = [t._replace(rows=min(t.rows, most_rows)) for t in tiles]
+    tiles = [t for t in tiles if bytes_of(which, t, columns, itemsize) <= shared] or [Tile(16, 16, 4, 1)]
+    measured = _table(arch, version)[0].get((which, columns, masked)) if itemsize == 2 else None
+    if measured:
+        tiles.insert(0, measured._replace(rows=most_rows) if which == "few_rows" else measured)
+    return tiles
+
+
+def source(arch: str, version: str) -> str:
+    """Words for explain: where tile sizes come from."""
+    name = _table(arch, version)[1]
+    return f"tiles from {name}.json" if name else f"no tiles were measured for {arch}: safe ones"

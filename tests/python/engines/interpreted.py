@@ -1,0 +1,218 @@
+"""Runs engine_cases in Triton's interpreter, on the CPU: started by test_triton_interpreted.py as a process of its own,
+since an access out of bounds is a crash there. Prints what is wrong; its exit code says whether anything was.
+
+    python interpreted.py forward|backward|cache|nan|seam float32|float16 PART PARTS
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+import warnings
+from pathlib import Path
+
+import flash_attn
+import torch
+import triton.runtime.interpreter as interpreter
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from flash_attn._engines.triton import TritonEngine  # noqa: E402
+from support import engine_cases, engine_problem, exact  # noqa: E402
+
+warnings.filterwarnings("ignore")  # of 0 / 0 and log(0) in numpy, where the kernels mean them
+ENGINE = TritonEngine()
+# Errors allowed, as a part of the largest value: a few roundings of sums of 50 terms.
+ALLOWED = {torch.float32: 1e-5, torch.float16: 4e-3}
+
+
+def bear_new_numpy() -> None:
+    """numpy >= 2.4 makes no int of an array of one element, which Triton's interpreter (3.6) asks of it in range()."""
+    patch = interpreter._patch_lang_tensor
+
+    def patched(tensor, scope):
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.reshape(-1)[0]))
+
+    interpreter._patch_lang_tensor = patched
+
+
+def difference(x, ref) -> float:
+    """Of x from ref (float64), as a part of the largest value; infinities must agree. NaN is never right."""
+    if not ref.numel():
+        return 0.0
+    x = x.double()
+    d = torch.where(x == ref, 0.0, (x - ref).abs())
+    largest = ref[torch.isfinite(ref)].abs().max() if torch.isfinite(ref).any() else torch.tensor(0.0)
+    return float(d.max() / max(1.0, float(largest)))
+
+
+def forward(x, options, report):
+    p, t = engine_problem.make(*x, **options)
+    if t.new_k is not None:
+        other = copy.copy(t)
+        other.k, other.v = t.k.clone(), t.v.clone()
+        exact.append(p, other)
+        ENGINE.forward(p, t)
+        report("k", t.k, other.k.double())
+        report("v", t.v, other.v.double())
+    else:
+        ENGINE.forward(p, t)
+    out, lse = exact.forward(p, t)
+    report("out", t.out, out)
+    report("lse", t.lse, lse)
+    return p, t
+
+
+def backward(x, options, report):
+    p, t = forward(x, options, report)
+    g = torch.Generator().manual_seed(5)
+    dout = torch.randn(t.out.shape, generator=g).to(t.out.dtype)
+    dlse = torch.randn(t.lse.shape, generator=g)
+    p, t = engine_problem.make_backward(p, t, dout, dlse)
+    ENGINE.backward(p, t)
+    for name, gradient in exact.backward(p, t, dout, dlse).items():
+        report("d" + name, getattr(t, "d" + name), gradient)
+
+
+def nan(m, report):
+    """A NaN in one key, value or gradient reaches the rows that see it, and no others."""
+    for headdim, options in ((72, {"causal": True}), (16, {"window": (3, 2)})):
+        for what in ("k", "v", "dout"):
+            q, k, v = m.qkv(1, 24, 24, 2, 1, headdim)
+            dout = m.randn(*q.shape)
+            clean = run_all(q, k, v, dout, options)
+            {"k": k, "v": v, "dout": dout}[what][0, 13] = float("nan")
+            p, t = engine_problem.make(q, k, v, **options)
+            i, j = torch.arange(24)[:, None], torch.arange(24)[None]
+            lo, hi = torch.zeros_like(i), torch.full_like(i, 24)
+            if p.window_left >= 0:
+                lo = i - p.window_left
+            if p.window_right >= 0:
+                hi = i + p.window_right + 1
+            if p.chunk:
+                lo, hi = i // p.chunk * p.chunk, (i // p.chunk + 1) * p.chunk
+            visible = (j >= lo) & (j < hi)
+            rows = visible[:, 13] if what != "dout" else torch.arange(24) == 13
+            keys = visible[rows].any(0)
+            out, dq, dk, dv = run_all(q, k, v, dout, options)
+            if what == "dout":
+                expect(report, "out", out, clean[0], torch.zeros(24, dtype=torch.bool))
+            else:
+                expect(report, "out", out, clean[0], rows)
+            expect(report, "dq", dq, clean[1], rows)
+            expect(report, "dk", dk, clean[2], keys)
+            if what != "v":  # probabilities know nothing of v
+                expect(report, "dv", dv, clean[3], keys)
+
+
+def run_all(q, k, v, dout, options):
+    p, t = engine_problem.make(q, k, v, **options)
+    ENGINE.forward(p, t)
+    p, t = engine_problem.make_backward(p, t, dout)
+    ENGINE.backward(p, t)
+    return [x[0, :, 0].clone() for x in (t.out, t.dq, t.dk, t.dv)]
+
+
+def expect(report, name, x, clean, nan_rows):
+    is_nan = x.isnan().any(-1)
+    report(name + " rows with NaN", is_nan.double(), nan_rows.double())
+    report(name + " elsewhere", x[~nan_rows], clean[~nan_rows].double())
+
+
+def huge(m, report):
+    """Scores of 1e30, and of one row alone: the largest takes all, and nothing overflows."""
+    q, k, v = m.qkv(1, 20, 30, 1, 1, 16)
+    for scale in (1e30, 1e15, 3e7):
+        p, t = engine_problem.make(q, k, v, causal=True, scale=scale)
+        ENGINE.forward(p, t)
+        out, lse = exact.forward(p, t)
+        report(f"scale {scale} out", t.out, out)
+        report(f"scale {scale} lse", t.lse / scale, lse / scale)
+    bias = torch.full((1, 1, 20, 30), torch.finfo(torch.float32).min)
+    bias[..., 10:, :] = 0
+    p, t = engine_problem.make(q, k, v, bias=bias)
+    ENGINE.forward(p, t)
+    report("lowest bias hides nothing", t.out.isfinite().double(), torch.ones_like(t.out, dtype=torch.float64))
+    report("lowest bias weighs alike", t.out[0, :10, 0], v[0, :, 0].double().mean(0).expand(10, -1))
+
+
+def seam(report):
+    """Public functions, through the core, against the oracle: the same mask of dropout, the same cache."""
+    names = flash_attn.features()
+    flash_attn.register_backend(
+        "interpreted", ENGINE, devices=("cpu",), dtypes=("float32",), serves=names, backward=names
+    )
+    m = engine_cases.Maker(torch.float32)
+
+    def differentiated(function, leaves, *rest, **options):
+        torch.manual_seed(1)
+        leaves = [x.clone().requires_grad_() for x in leaves]
+        out = function(*leaves, *rest, **options)
+        torch.manual_seed(2)
+        return [out, *torch.autograd.grad(out, leaves, torch.randn_like(out))]
+
+    def cached():
+        g = engine_cases.Maker(torch.float32)
+        (q, k, v), new = g.qkv(sq=2), {"k": g.randn(2, 2, 2, 32), "v": g.randn(2, 2, 2, 32)}
+        turn = engine_cases.rotary(g, 60, 8)
+        lengths = g.ints([11, 40])
+        out, lse = flash_attn.flash_attn_with_kvcache(
+            q, k, v, **new, **turn, cache_seqlens=lengths, causal=True, return_softmax_lse=True
+        )
+        return [out, lse, k, v]
+
+    packed, cu = m.packed()
+    calls = {
+        "dropout": lambda: differentiated(flash_attn.flash_attn_func, m_qkv, causal=True, dropout_p=0.3),
+        "packed": lambda: differentiated(
+            flash_attn.flash_attn_varlen_func, packed, *cu.values(), 33, 40, causal=True, softcap=3.0
+        ),
+        "cache": cached,
+    }
+    m_qkv = m.qkv()
+    for name, call in calls.items():
+        with flash_attn.backend("interpreted"):
+            ours = call()
+        with flash_attn.backend("reference"):
+            theirs = call()
+        for i, (x, y) in enumerate(zip(ours, theirs, strict=True)):
+            report(f"{name} {i}", x.detach(), y.detach().double())
+        if not torch.isfinite(ours[0]).all():
+            report(f"{name} is finite", torch.zeros(1), torch.ones(1, dtype=torch.float64))
+
+
+def main(which: str, dtype: str, part: int, parts: int) -> int:
+    bear_new_numpy()
+    m = engine_cases.Maker(getattr(torch, dtype))
+    wrong = ran = 0
+
+    def reporter(name):
+        def report(what, x, ref):
+            nonlocal wrong
+            d = difference(x, ref)
+            if not d <= ALLOWED[m.dtype]:
+                wrong += 1
+                print(f"{name}: {what} differs by {d:.1e}")
+
+        return report
+
+    if which == "seam":
+        seam(reporter("seam"))
+        ran = 1
+    elif which == "nan":
+        nan(m, reporter("nan"))
+        huge(m, reporter("huge"))
+        ran = 1
+    else:
+        cases = engine_cases.cache_features(m) if which == "cache" else engine_cases.single_features(m)
+        for i, (name, x, options) in enumerate(cases):
+            if i % parts == part:
+                (backward if which == "backward" else forward)(x, options, reporter(name))
+                ran += 1
+    print(f"{ran} problems, {wrong} wrong")
+    return int(wrong > 0 or ran == 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])))
