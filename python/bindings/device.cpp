@@ -3,9 +3,24 @@
 #include <algorithm>
 
 namespace flash_attn::python {
+namespace {
+
+/// torch before 2.10 has no exchange table: its current stream, asked for in Python. XPU: a sycl::queue*.
+void* torch_stream(Device device) {
+  const char* function = device.type == 14 ? "_xpu_getCurrentRawStream" : "_cuda_getCurrentRawStream";
+  const nb::object torch = nb::module_::import_("torch._C");
+  if (!nb::hasattr(torch, function)) return nullptr;
+  return reinterpret_cast<void*>(nb::cast<uintptr_t>(torch.attr(function)(device.index)));
+}
+
+bool has_torch_streams(Device device) { return device.type == 2 || device.type == 10 || device.type == 14; }
+
+}  // namespace
 
 DeviceServices::DeviceServices(nb::handle q, Device device) : device_(device) {
-  if (!device.is_cpu()) api_ = exchange_api(q);
+  if (device.is_cpu()) return;
+  api_ = exchange_api(q);
+  asks_torch_ = !api_ && has_torch_streams(device) && nb::hasattr(q, "is_meta");
 }
 
 DeviceServices::~DeviceServices() {
@@ -13,7 +28,10 @@ DeviceServices::~DeviceServices() {
 }
 
 void DeviceServices::offer(Run& run) {
-  if (!api_) return;
+  if (!api_) {
+    if (asks_torch_) run.stream = torch_stream(device_);
+    return;
+  }
   if (api_->current_work_stream && api_->current_work_stream(device_.type, device_.index, &run.stream) != 0)
     throw Error(ErrorCode::device_failure, "stream: the framework cannot tell the current one of q's device");
   if (api_->allocate) run.allocator = {allocate, release, this};

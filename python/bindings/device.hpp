@@ -15,8 +15,8 @@ class DeviceServices {
   DeviceServices& operator=(const DeviceServices&) = delete;
   ~DeviceServices();
 
-  /// The framework's current stream on the device, and its allocator, which is ordered on that stream. They serve as
-  /// long as this object lives.
+  /// The framework's current stream on the device, and its allocator (torch >= 2.10), which is ordered on that stream.
+  /// They serve as long as this object lives.
   void offer(Run& run);
 
  private:
@@ -24,6 +24,7 @@ class DeviceServices {
   static void release(void* self, int32_t device_type, int32_t device_index, void* memory, void* stream);
 
   const dlpack::ExchangeApi* api_ = nullptr;
+  bool asks_torch_ = false;  // a tensor of a torch without exchange table
   Device device_{};
   std::vector<dlpack::ManagedVersioned*> live_;
 };

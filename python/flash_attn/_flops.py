@@ -8,8 +8,11 @@ counts for all.
 
 from __future__ import annotations
 
+import importlib.abc
+import importlib.util
+import sys
+
 from torch import Tensor
-from torch.utils.flop_counter import flop_registry
 
 from flash_attn._errors import InvalidArgument
 
@@ -48,10 +51,37 @@ def cache_flops(call: dict) -> int:
     return 2 * queries * q.shape[-2] * keys * (q.shape[-1] + v.shape[-1])
 
 
+_COUNTER = "torch.utils.flop_counter"
+_formulas: dict = {}  # by operator: those that the counter does not know yet
+
+
+class _WhenCounterComes(importlib.abc.MetaPathFinder):
+    """Hands our formulas to the counter when somebody imports it: it brings Triton along, where that is installed."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name != _COUNTER:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        run = spec.loader.exec_module
+
+        def run_and_register(module) -> None:
+            run(module)
+            module.flop_registry.update(_formulas)  # by packet, which is what counters look up in every torch
+
+        spec.loader.exec_module = run_and_register
+        return spec
+
+
 def register(operator, names: list[str], count) -> None:
     """`count` gets a dict of the arguments that a call gave."""
 
     def formula(*values, out_val=None, **keywords) -> int:
         return count({**dict(zip(names, values, strict=False)), **keywords})
 
-    flop_registry[operator] = formula  # register_flop_formula of torch 2.4 registers overloads, which nobody looks up
+    if _COUNTER in sys.modules:
+        sys.modules[_COUNTER].flop_registry[operator] = formula
+    else:
+        if not _formulas:
+            sys.meta_path.insert(0, _WhenCounterComes())
+        _formulas[operator] = formula

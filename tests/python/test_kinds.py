@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import warnings
 
 import flash_attn
@@ -289,6 +291,18 @@ def test_flops_are_counted(name):
     with FlopCounterMode(display=False) as counter:
         CALLS[name]()
     assert counter.get_total_flops() == FLOPS[name]
+
+
+@pytest.mark.parametrize("order", ["flash_attn, torch.utils.flop_counter", "torch.utils.flop_counter, flash_attn"])
+def test_flops_are_counted_whoever_is_imported_first(order):
+    code = f"""
+import torch, {order}
+with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+    flash_attn.flash_attn_func(*[torch.zeros(1, 2, 1, 8)] * 3)
+print(counter.get_total_flops(), torch.utils.flop_counter.__spec__.name)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.split() == [str(2 * 4 * 16), "torch.utils.flop_counter"]
 
 
 def test_flops_of_both_passes_are_those_of_the_products():

@@ -23,6 +23,7 @@
     dropout_p, drop_threshold, drop_scale, seed, offset   an entry stays if its 16 bits reach the threshold; seed and
                                        offset count if t.dropout_state is None
     rotary_dim (0: none), rotary_interleaved, deterministic, empty_lse
+    device_type, device_index          DLPack's: 1 CPU, 2 CUDA, 10 ROCm, 14 XPU
     stream                             of q's device, as an integer
 
 `t` holds the caller's own tensors by the names of `Tensors`. Tables on a device have not been read by anybody: engines
