@@ -46,6 +46,14 @@ def choose(device: str, asked: list[str]) -> list[str]:
     return asked or able
 
 
+def has(dtype: torch.dtype, device: str) -> bool:
+    """Whether the device has numbers of this kind: some have no fp64."""
+    try:
+        return torch.ones(1, dtype=dtype, device=device).dtype == dtype
+    except (RuntimeError, TypeError):
+        return False
+
+
 def judge_all(names: list[str], device: str, cases: list, dtypes: list[str], seeds: int) -> list[Outcome]:
     outcomes, show = [], sys.stderr.isatty()
     served = {b.name: set(b.forward.dtypes) for b in backends() if b.forward}
@@ -114,13 +122,14 @@ def main(argv: list[str] | None = None) -> int:
 
     begin = time.perf_counter()
     names = choose(args.device, args.backend)
+    dtypes = [d for d in args.dtype or DTYPES if has(DTYPES[d], args.device)]
     cases = [c for c in (*CASES, *(LARGE if args.full else ())) if args.filter in c.name]
     if not cases:
         sys.exit(f"verify: --filter: no feature contains {args.filter}")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the yardstick's operations are tiny: a second team of threads gets in the oracle's way
     try:
-        outcomes = judge_all(names, args.device, cases, args.dtype or list(DTYPES), SEEDS_OF_FULL if args.full else 1)
+        outcomes = judge_all(names, args.device, cases, dtypes, SEEDS_OF_FULL if args.full else 1)
     finally:
         torch.set_num_threads(threads)
     if args.json:
@@ -134,8 +143,8 @@ def main(argv: list[str] | None = None) -> int:
         print(summary(outcomes))
     judged = [j for o in outcomes for j in o.judged.values()]
     print(
-        f"\nErrors are against the {ORACLE} backend in fp64 on the same numbers; plain is the error of PyTorch's plain\n"
-        "arithmetic in the input's dtype with its softmax in fp32. The bound is the plain error plus one rounding of a\n"
+        f"\nErrors are against the {ORACLE} backend in fp64 on the same numbers; plain is that of PyTorch's plain\n"
+        "arithmetic in the input's dtype, softmax in fp32. The bound is the plain error plus one rounding of a\n"
         "16-bit result, or twice the larger of the two for fp32 and fp64 results; plus the fp32 rounding of terms.\n"
         f"{sum(j.error <= j.plain for j in judged)} of {len(judged)} errors are at most the plain arithmetic's own.\n"
     )

@@ -11,8 +11,8 @@ u:       the unit roundoff of the result's dtype: the error of writing the exact
 2:       both are sums in different orders, two draws from one distribution, and the larger of two such draws is ours
          half of the time.
 term:    one fp32 rounding of the largest term that the sums can have, for results whose exact value cancels to 0.
-lse:     scores and lse are rounded to fp32, which moves the probabilities of a row by a factor of 1 + 2^-24 |score|; one
-         that starts from scores of the same bits, as the plain arithmetic may, has luck.
+lse:     scores and lse are rounded to fp32, which moves the probabilities of a row by a factor of 1 + 2^-24 |score|. In
+         the plain arithmetic the two may cancel.
 
 The forward of fp64 has 2^-53 instead; its backward starts from an lse that is stored in fp32.
 """
