@@ -101,8 +101,6 @@ def _is_seen(b, h, i, j):
 def _flex(cell: Cell, x: Inputs) -> Callable:
     from torch.nn.attention.flex_attention import create_block_mask
 
-    if cell.lengths:
-        raise Unserved("not asked: documents as a block mask")
     mask = None
     if cell.causal:
         mask = create_block_mask(_is_seen, None, None, cell.seqlen_q, cell.seqlen, device=x.q.device.type)
@@ -111,8 +109,8 @@ def _flex(cell: Cell, x: Inputs) -> Callable:
 
 
 def _flex_serves(cell: Cell) -> bool:
-    """Few cells: each costs a compilation."""
-    return cell.is_quick and not cell.lengths
+    """Long square shapes only: each cell costs a compilation."""
+    return cell.seqlen_q == cell.seqlen == 8192 and cell.headdim < 256
 
 
 # ---- Others, where installed -----------------------------------------------------------------------------------------
