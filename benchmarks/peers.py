@@ -1,11 +1,12 @@
 """flash_attn against PyTorch's scaled_dot_product_attention: same tensors, same threads, samples in turns.
 
-python benchmarks/peers.py [--backward] [--quick] [--filter WORDS] [--threads N] [--json FILE]
+python benchmarks/peers.py [--shapes mixed|quick|short] [--backward] [--filter WORDS] [--threads N ...] [--json FILE]
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -74,6 +75,23 @@ SHAPES = [
     Shape(1, 1, 1, 8192, 8192, 64, True),
 ]
 QUICK = [SHAPES[i] for i in (1, 4, 6, 10, 12, 16)]
+# Many short sequences. The heads of a token lie next to each other, so a token's row takes nheads * headdim numbers: in
+# fp32 2, 4 and 8 KiB, and tasks of neighbouring heads share every page of memory. Outputs take 8 to 64 MiB in fp32.
+SHORT = [
+    Shape(8, 8, 8, 256, 256, 64, True),
+    Shape(32, 8, 8, 128, 128, 64, False),
+    Shape(128, 8, 8, 64, 64, 64, True),
+    Shape(64, 4, 4, 128, 128, 128, False),
+    Shape(8, 8, 8, 256, 256, 128, False),
+    Shape(64, 8, 8, 128, 128, 128, True),
+    Shape(32, 16, 16, 128, 128, 64, True),
+    Shape(128, 16, 16, 32, 32, 64, False),
+    Shape(4, 16, 16, 256, 256, 128, True),
+    Shape(16, 16, 16, 128, 128, 128, False),
+    Shape(32, 32, 32, 256, 256, 64, True),
+    Shape(64, 32, 32, 32, 32, 64, True),
+]
+SETS = {"mixed": SHAPES, "quick": QUICK, "short": SHORT}
 
 
 def cpu_model() -> str:
@@ -142,12 +160,12 @@ def geometric_mean(values: list[float]) -> float:
 
 def measure(args: argparse.Namespace, console: Console) -> list[dict]:
     name = "backward" if args.backward else "forward"
-    shapes = QUICK if args.quick else SHAPES
+    shapes = SETS[args.shapes]
     cells = [(s, d) for d in args.dtypes for s in shapes if args.filter in f"{name} {d} {s}"]
     if not cells:
         sys.exit(f"peers.py: --filter: no cell contains {args.filter!r}")
-    table = Table("dtype", "shape", title=f"{name}, {args.threads} threads, ours against torch {torch.__version__}")
-    for heading in ("ours ms", "SDPA ms", "GFLOP/s", "speedup"):
+    table = Table("dtype", "shape", title=f"{name}, ours against torch {torch.__version__}")
+    for heading in ("threads", "ours ms", "SDPA ms", "GFLOP/s", "speedup"):
         table.add_column(heading, justify="right")
     records = []
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
@@ -157,35 +175,38 @@ def measure(args: argparse.Namespace, console: Console) -> list[dict]:
             calls, difference = contenders(shape, DTYPES[dtype], args.backward)
             if not difference <= TOLERANCE[dtype]:
                 sys.exit(f"peers.py: {dtype} {shape}: the answers differ by {difference:.1e}")
-            with torch.set_grad_enabled(args.backward):
-                ours, views, own = alternate(calls, args.seconds)
-            theirs = min(views, own)
-            gflops, speedup = shape.flops(args.backward) / ours * 1e-9, theirs / ours
-            colour = "green" if speedup >= 1 else "red"
-            table.add_row(
-                dtype, str(shape), f"{ours * 1e3:.3f}", f"{theirs * 1e3:.3f}", f"{gflops:.1f}",
-                f"[{colour}]{speedup:.2f}[/{colour}]",
-            )  # fmt: skip
-            records.append(
-                {
-                    "name": name,
-                    "dtype": dtype,
-                    "batch": shape.batch,
-                    "nheads_q": shape.nheads,
-                    "nheads_k": shape.nheads_k,
-                    "seqlen_q": shape.seqlen_q,
-                    "seqlen": shape.seqlen_k,
-                    "headdim": shape.headdim,
-                    "causal": shape.causal,
-                    "threads": args.threads,
-                    "device": cpu_model(),
-                    "isa": cpu_isa(),
-                    "gflops": gflops,
-                    "of_peak": None,
-                    "peer": "torch_sdpa",
-                    "speedup": speedup,
-                }
-            )
+            for threads in args.threads:
+                torch.set_num_threads(threads)
+                set_num_threads(threads)
+                with torch.set_grad_enabled(args.backward):
+                    ours, views, own = alternate(calls, args.seconds)
+                theirs = min(views, own)
+                gflops, speedup = shape.flops(args.backward) / ours * 1e-9, theirs / ours
+                colour = "green" if speedup >= 1 else "red"
+                table.add_row(
+                    dtype, str(shape), str(threads), f"{ours * 1e3:.3f}", f"{theirs * 1e3:.3f}", f"{gflops:.1f}",
+                    f"[{colour}]{speedup:.2f}[/{colour}]",
+                )  # fmt: skip
+                records.append(
+                    {
+                        "name": name,
+                        "dtype": dtype,
+                        "batch": shape.batch,
+                        "nheads_q": shape.nheads,
+                        "nheads_k": shape.nheads_k,
+                        "seqlen_q": shape.seqlen_q,
+                        "seqlen": shape.seqlen_k,
+                        "headdim": shape.headdim,
+                        "causal": shape.causal,
+                        "threads": threads,
+                        "device": cpu_model(),
+                        "isa": cpu_isa(),
+                        "gflops": gflops,
+                        "of_peak": None,
+                        "peer": "torch_sdpa",
+                        "speedup": speedup,
+                    }
+                )
             progress.advance(task)
     console.print(table)
     return records
@@ -194,23 +215,28 @@ def measure(args: argparse.Namespace, console: Console) -> list[dict]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--backward", action="store_true", help="time the gradient instead of the forward")
-    parser.add_argument("--quick", action="store_true", help="six shapes, shorter samples")
+    parser.add_argument(
+        "--shapes", choices=SETS, default="mixed", help="mixed: 20; quick: 6 of them; short: 12 of many short sequences"
+    )
+    parser.add_argument("--quick", action="store_true", help="--shapes quick, and shorter samples")
     parser.add_argument("--filter", default="", help='only cells whose words contain this, as in "headdim 128 causal"')
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of both sides")
+    parser.add_argument(
+        "--threads", type=int, nargs="+", default=[len(os.sched_getaffinity(0))], help="of both sides; one or several"
+    )
     parser.add_argument("--seconds", type=float, help="for each cell (default 3; quick 0.7)")
     parser.add_argument("--json", metavar="FILE", help="write the records there")
     args = parser.parse_args()
+    if args.quick:
+        args.shapes = "quick"
     args.seconds = args.seconds or (0.7 if args.quick else 3.0)
-    torch.set_num_threads(args.threads)
-    set_num_threads(args.threads)
-
     console = Console(width=None if sys.stdout.isatty() else 120)
     records = measure(args, console)
-    for dtype in args.dtypes:
-        speedups = [r["speedup"] for r in records if r["dtype"] == dtype]
+    for dtype, threads in itertools.product(args.dtypes, args.threads):
+        speedups = [r["speedup"] for r in records if r["dtype"] == dtype and r["threads"] == threads]
         if speedups:
-            console.print(f"{dtype}: geometric mean {geometric_mean(speedups):.2f}, minimum {min(speedups):.2f}")
+            mean, least = geometric_mean(speedups), min(speedups)
+            console.print(f"{dtype}, {threads} threads: geometric mean {mean:.2f}, minimum {least:.2f}")
     if args.json:
         Path(args.json).write_text(json.dumps(records, indent=1) + "\n")
 

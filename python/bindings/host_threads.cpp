@@ -70,7 +70,10 @@ void adopt_host_threads() {
   find(openmp.in_parallel, "omp_in_parallel");
   if (!openmp.complete()) return;
   threads_at_import = openmp.max_threads();
-  default_threads = num_threads();
+  try {
+    default_threads = num_threads();
+  } catch (const Error&) {  // a malformed FLASH_ATTENTION_NUM_THREADS: whoever needs threads is told
+  }
   chosen = std::getenv("FLASH_ATTENTION_NUM_THREADS") != nullptr;
   set_parallel_for([pid = getpid()](int64_t n, const std::function<void(int64_t)>& task) {
     // An OpenMP runtime does not survive fork(), and a region inside a region has one thread: both run here.

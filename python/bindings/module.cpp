@@ -200,13 +200,13 @@ void py_check_backward(nb::handle dout, nb::handle q, nb::handle k, nb::handle v
 /// (name, description, unavailable, devices, forward, backward); the last two: None, or ([dtype], [feature],
 /// max_headdim, headdim_multiple).
 nb::list py_backends() {
-  const auto capabilities = [](const Serves* s) -> nb::object {
+  const auto capabilities = [](const Serves* s, Features never) -> nb::object {
     if (!s) return nb::none();
     nb::list dtypes, features;
     for (const DType t : {DType::f16, DType::bf16, DType::f32, DType::f64})
       if (s->dtypes & bit(t)) dtypes.append(name_of(t));
     for (std::size_t i = 0; i < kFeatures; ++i)
-      if (s->features >> i & 1) features.append(nb::str(kFeatureNames[i].data(), kFeatureNames[i].size()));
+      if ((s->features & ~never) >> i & 1) features.append(nb::str(kFeatureNames[i].data(), kFeatureNames[i].size()));
     return nb::make_tuple(nb::tuple(dtypes), nb::tuple(features), s->max_headdim, s->headdim_multiple);
   };
   nb::list all;
@@ -214,8 +214,8 @@ nb::list py_backends() {
     nb::list devices;
     for (const int32_t type : b->devices()) devices.append(type);
     all.append(nb::make_tuple(std::string(b->name()), std::string(b->description()), b->unavailable(),
-                              nb::tuple(devices), capabilities(b->serves(Pass::forward)),
-                              capabilities(b->serves(Pass::backward))));
+                              nb::tuple(devices), capabilities(b->serves(Pass::forward), kBackwardOnly),
+                              capabilities(b->serves(Pass::backward), kForwardOnly)));
   }
   return all;
 }

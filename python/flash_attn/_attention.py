@@ -64,7 +64,8 @@ def _eager(inputs, sequences, scores, dropout_p, deterministic, return_attn_prob
 
 
 def _traced(inputs, sequences, scores, dropout_p, deterministic, return_attn_probs):
-    check_tensors(**dict(zip(("q", "k", "v")[3 - len(inputs) :], inputs, strict=True)))
+    if len(inputs) == 3:  # packed ones have been checked
+        check_tensors(q=inputs[0], k=inputs[1], v=inputs[2])
     needs_grad = _grad_enabled() and _needs_grad(inputs, scores)
     inputs = _distinct(inputs)
     sequences = Sequences(*_distinct(plain_numbers(sequences, OF_SEQUENCES)))
@@ -84,7 +85,7 @@ def check_constants(scores: Scores) -> None:
 def _needs_grad(inputs, scores) -> bool:
     check_constants(scores)
     for x in (*inputs, scores.learnable_sink, scores.attn_bias):
-        if x is not None and x.requires_grad:
+        if x is not None and getattr(x, "requires_grad", False):
             return True
     return False
 

@@ -1,6 +1,8 @@
 // The words of the checks.
 #include "core/check.hpp"
 
+#include <cstdio>
+
 namespace flash_attn {
 
 std::string shape_text(const Tensor& t) {
@@ -8,6 +10,12 @@ std::string shape_text(const Tensor& t) {
   std::string text = "(";
   for (int i = 0; i < t.ndim; ++i) text.append(i ? ", " : "").append(std::to_string(t.shape[i]));
   return text + (t.ndim == 1 ? ",)" : ")");
+}
+
+std::string number_text(double x) {
+  char text[32];
+  std::snprintf(text, sizeof text, "%.6g", x);
+  return text;
 }
 
 std::string device_type_text(int32_t type) {

@@ -12,6 +12,8 @@ namespace flash_attn {
 
 /// "(2, 128, 64)"
 std::string shape_text(const Tensor& t);
+/// "3e+38", "0.125"
+std::string number_text(double x);
 /// "cpu", "cuda", "xpu": torch's names of DLPack's device types, but for 10, which torch calls cuda and we rocm.
 std::string device_type_text(int32_t type);
 /// "the CPU", "cuda:0"

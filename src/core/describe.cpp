@@ -1,5 +1,4 @@
 // A Problem in one line of words.
-#include <cstdio>
 #include <string>
 
 #include "core/check.hpp"
@@ -7,12 +6,6 @@
 
 namespace flash_attn {
 namespace {
-
-std::string number(double x) {
-  char text[32];
-  std::snprintf(text, sizeof text, "%.6g", x);
-  return text;
-}
 
 std::string lengths(const Problem& p) {
   const SequenceTable& t = p.sequences;
@@ -42,11 +35,11 @@ void add_scores(std::string& text, const Problem& p) {
   else if (m.window_left >= 0 || m.window_right >= 0)
     text += ", window (" + std::to_string(m.window_left) + ", " + std::to_string(m.window_right) + ")";
   if (m.chunk > 0) text += ", chunks of " + std::to_string(m.chunk);
-  if (s.softcap > 0.0) text += ", softcap " + number(s.softcap);
+  if (s.softcap > 0.0) text += ", softcap " + number_text(s.softcap);
   if (s.alibi) text += ", alibi";
   if (s.bias.present()) text += ", bias";
   if (s.sink.present()) text += ", sink";
-  if (s.dropout.p > 0.0) text += ", dropout " + number(s.dropout.p);
+  if (s.dropout.p > 0.0) text += ", dropout " + number_text(s.dropout.p);
   if (p.dlse.present()) text += ", dlse";
 }
 

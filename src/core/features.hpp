@@ -63,6 +63,10 @@ constexpr Features features(std::initializer_list<Feature> list) {
   return set;
 }
 inline constexpr Features kAllFeatures = bit(Feature::count) - 1;
+/// What only one pass can use: a cache has no gradient.
+inline constexpr Features kForwardOnly =
+    features({Feature::pages, Feature::cache_batch_idx, Feature::new_keys, Feature::rotary, Feature::lse});
+inline constexpr Features kBackwardOnly = features({Feature::dlse, Feature::dbias, Feature::dsink});
 
 /// What a checked Problem uses. No memory is read.
 Features features_of(const Problem& problem);

@@ -2,6 +2,7 @@
 #include "core/problem.hpp"
 
 #include <algorithm>
+#include <limits>
 #include <string>
 
 #include "core/append.hpp"
@@ -151,14 +152,20 @@ void read_dropout_state(const Dropout& dropout, Problem& p, Memory& memory) {
   p.scores.dropout.state = {};
 }
 
+std::string accumulation(DType t) { return t == DType::f64 ? "float64" : "float32"; }
+
 void read_scores(const Scores& s, const Sequences& sequences, const Dropout& dropout, Problem& p, Memory& memory) {
   ScorePipeline& scores = p.scores;
   scores.scale = s.softmax_scale.value_or(1.0 / std::sqrt(static_cast<double>(p.headdim)));
-  if (!std::isfinite(scores.scale))
-    invalid("softmax_scale", "expected a finite number, got " + std::to_string(scores.scale));
+  // Kernels compute in fp32, but for those of fp64.
+  const double most = p.dtype == DType::f64 ? std::numeric_limits<double>::max() : std::numeric_limits<float>::max();
+  if (!(std::abs(scores.scale) <= most))
+    invalid("softmax_scale",
+            "expected a finite number that " + accumulation(p.dtype) + " holds, got " + number_text(scores.scale));
   scores.softcap = s.softcap;
-  if (!std::isfinite(s.softcap) || s.softcap < 0.0)
-    invalid("softcap", "expected a finite number >= 0, 0 for off, got " + std::to_string(s.softcap));
+  if (!(s.softcap >= 0.0 && s.softcap <= most))
+    invalid("softcap", "expected a finite number >= 0 that " + accumulation(p.dtype) + " holds, 0 for off, got " +
+                           number_text(s.softcap));
   read_mask(s, scores.mask);
   read_alibi(s.alibi_slopes, p, memory);
   read_bias(s.bias, sequences, p, memory);

@@ -99,7 +99,6 @@ const Backend* asked_for(const Problem& problem, const List& list) {
 std::string refuses_backward(const Backend& backend, const Problem& problem) {
   const Serves* serves = backend.serves(Pass::backward);
   if (!serves) return "its backward is not served, and gradients will be asked for";
-  constexpr Features kForwardOnly = features({Feature::lse, Feature::new_keys, Feature::rotary});
   Problem backward = problem;
   backward.features &= ~kForwardOnly;
   const std::string why_not = refusal(*serves, backward);

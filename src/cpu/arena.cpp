@@ -22,7 +22,8 @@ thread_local Block kept;
 
 }  // namespace
 
-Arena::Arena(std::size_t bytes) {
+Arena::Arena(int64_t wanted) {
+  const auto bytes = static_cast<std::size_t>(wanted);
   if (kept.size >= bytes && kept.data) {
     begin_ = std::exchange(kept.data, nullptr);
     size_ = std::exchange(kept.size, 0);
@@ -35,10 +36,11 @@ Arena::Arena(std::size_t bytes) {
       throw Error(ErrorCode::out_of_memory, "workspace: cannot allocate " + std::to_string(size_) + " bytes");
     if (align == kHugePage) madvise(begin_, size_, MADV_HUGEPAGE);  // advice only: fewer page faults and TLB misses
   }
-  next_ = begin_;
+  rewind();
 }
 
 Arena::~Arena() {
+  if (!begin_) return;
   if (size_ <= kKeep && size_ > kept.size) {
     std::free(std::exchange(kept.data, begin_));
     kept.size = size_;

@@ -42,8 +42,9 @@ class CpuBackend final : public Backend {
   void forward(const Problem& p) const override {
     if (!p.append.present()) return cpu::forward(p, cpu::active_kernels());
     const RotatedQueries queries(p);
+    cpu::ForwardRun run(queries.attend_after(p), cpu::active_kernels());  // memory runs out before a cache is written
     append(p, queries.operand());
-    cpu::forward(queries.attend_after(p), cpu::active_kernels());
+    run.attend();
   }
   void backward(const Problem& p) const override { cpu::backward(p, cpu::active_kernels()); }
 };

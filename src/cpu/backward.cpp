@@ -11,33 +11,25 @@
 #include <vector>
 
 #include "cpu/arena.hpp"
+#include "cpu/backward_worker.hpp"
 #include "cpu/driver.hpp"
-#include "cpu/key_split.hpp"
-#include "cpu/plan.hpp"
+#include "cpu/memory.hpp"
+#include "cpu/rounding.hpp"
 #include "cpu/threads.hpp"
 
 namespace flash_attn::cpu {
+
+const BackwardKernel& backward_kernel(const Kernels& k, DType dtype) {
+  return *(dtype == DType::f32 ? k.backward_f32 : dtype == DType::bf16 ? k.backward_bf16 : k.backward_f16);
+}
+
 namespace {
 
 struct Task {
   int64_t b, hk;
   int64_t first_split, last_split;
   Sequence sequence;
-  float* dq_partials;  // (planes, group, max_seqlen_q, d) of this key head; nullptr with one split
-};
-
-/// Partials of a key head.
-int64_t planes(const BackwardPlan& plan) { return plan.chained ? 1 : plan.splits; }
-
-/// A worker's memory.
-struct Worker {
-  QueryRows queries;
-  std::vector<KeySplit> splits;
-
-  Worker(Arena& arena, const Backward& f) : queries(arena, f) {
-    float* const rows = arena.take<float>(KeySplit::row_floats(f));
-    for (int64_t i = 0; i < f.plan.splits_at_once; ++i) splits.emplace_back(arena, f, rows);
-  }
+  float* dq_partials;  // (partials, group, max_seqlen_q, ldq) of this key head; nullptr with one split
 };
 
 void add_to(float* sums, const float* x, int64_t n) {
@@ -45,34 +37,52 @@ void add_to(float* sums, const float* x, int64_t n) {
 }
 
 /// Rows [first, last) of dq, from `dq`.
-void store_dq(const Backward& f, const Sequence& seq, int64_t head, int64_t first, int64_t last, const float* dq) {
-  const Problem& p = f.p;
-  store_rows(f.k, last - first, p.headdim, p.dq.stride_col, p.dtype, static_cast<float>(p.scores.scale), dq,
-             round_up(p.headdim, f.k.width),
-             [&](int64_t i) { return p.dq.at(seq.q_batch, seq.q_row + first + i, head); });
+void store_dq(const BackwardPass& pass, const Sequence& seq, int64_t head, int64_t first, int64_t last,
+              const float* dq) {
+  const Problem& p = pass.p;
+  store_rows(pass.k, last - first, p.headdim, p.dq.stride_col, p.dtype, static_cast<float>(p.scores.scale), dq,
+             pass.plan.ldq, [&](int64_t i) { return p.dq.at(seq.q_batch, seq.q_row + first + i, head); });
+}
+
+/// What a worker writes and reads after the products of a task: the gradients of its head, and then most likely the
+/// next head. `next`: its task, or nullptr.
+void ask_after_task(const BackwardPass& pass, const Task& t, const Task* next, std::vector<Ahead>& ahead) {
+  const Problem& p = pass.p;
+  const auto queries = [&](const Operand& x, const Task& of, int64_t cols) {
+    ask_queries(x, of.sequence, of.hk, of.sequence.seqlen_q, cols, ahead);
+  };
+  const auto keys = [&](const Operand& x, const Task& of, int64_t cols) {
+    ask_keys(p, x, of.sequence, of.hk, of.sequence.seqlen_k, cols, ahead);
+  };
+  ahead.clear();
+  queries(p.dq, t, p.headdim), keys(p.dk, t, p.headdim), keys(p.dv, t, p.headdim_v);
+  if (!next) return;
+  keys(p.k, *next, p.headdim), keys(p.v, *next, p.headdim_v);
+  queries(p.out, *next, p.headdim_v), queries(p.dout, *next, p.headdim_v), queries(p.q, *next, p.headdim);
 }
 
 /// Queries [first, last) of head g of the group against splits [split, split + n) of the task, which the worker has
-/// taken up.
-void attend(const Backward& f, const Task& t, int64_t split, int64_t n, int64_t g, int64_t first, int64_t last,
-            Worker& w, double* dsink) {
-  const Problem& p = f.p;
-  const int64_t head = t.hk * p.group() + g, d = round_up(p.headdim, f.k.width);
-  QueryRows& queries = w.queries;
-  queries.find(f, t.sequence, t.b, head, first, last);
+/// packed.
+void add_queries(const BackwardPass& pass, const Task& t, int64_t split, int64_t n, int64_t g, int64_t first,
+                 int64_t last, BackwardWorker& worker, double* dsink) {
+  const Problem& p = pass.p;
+  const int64_t head = t.hk * p.group() + g, d = pass.plan.ldq;
+  GradientRows& queries = worker.queries;
+  queries.look_up(pass, t.sequence, t.b, head, first, last);
   const bool sinks = dsink && split == 0;
-  if (sinks || queries.see(w.splits.front().begin(), w.splits[static_cast<std::size_t>(n - 1)].end())) queries.start(f);
-  if (sinks) dsink[t.b * p.nheads + head] += queries.sink_gradient(f);
+  if (sinks || queries.may_see(worker.splits.front().begin(), worker.splits[static_cast<std::size_t>(n - 1)].end()))
+    queries.compute_delta(pass);
+  if (sinks) dsink[t.b * p.nheads + head] += queries.sink_gradient(pass);
   for (int64_t i = 0; i < n; ++i) {
-    KeySplit& keys = w.splits[static_cast<std::size_t>(i)];
-    const bool seen = queries.see(keys.begin(), keys.end()), adds = f.plan.chained && split + i > 0;
-    const float* const dq = seen ? keys.attend(f, queries) : queries.zeros(f);
-    if (p.dbias.present() && !dbias_sums(p)) queries.clear_unseen_dbias(f, keys.begin(), keys.end());
+    KeySplit& keys = worker.splits[static_cast<std::size_t>(i)];
+    const bool seen = queries.may_see(keys.begin(), keys.end()), adds = pass.plan.chained && split + i > 0;
+    const float* const dq = seen ? keys.add_queries(pass, queries, worker.ahead) : queries.clear_dq(pass);
+    if (p.dbias.present() && !dbias_sums(p)) queries.clear_unseen_dbias(pass, keys.begin(), keys.end());
     if (!t.dq_partials) {
-      store_dq(f, t.sequence, head, first, last, dq);
+      store_dq(pass, t.sequence, head, first, last, dq);
       continue;
     }
-    const int64_t plane = f.plan.chained ? 0 : split + i;
+    const int64_t plane = pass.plan.chained ? 0 : split + i;
     float* const partial = t.dq_partials + ((plane * p.group() + g) * p.max_seqlen_q + first) * d;
     if (!adds)
       std::copy(dq, dq + (last - first) * d, partial);
@@ -81,29 +91,29 @@ void attend(const Backward& f, const Task& t, int64_t split, int64_t n, int64_t 
   }
 }
 
-void run(const Backward& f, const Task& t, Worker& w, double* dsink) {
-  const BackwardPlan& plan = f.plan;
+void run_task(const BackwardPass& pass, const Task& t, BackwardWorker& worker, double* dsink) {
+  const BackwardPlan& plan = pass.plan;
   for (int64_t split = t.first_split; split < t.last_split; split += plan.splits_at_once) {
     const int64_t n = std::min(plan.splits_at_once, t.last_split - split);
     for (int64_t i = 0; i < n; ++i) {
       const int64_t begin = std::min((split + i) * plan.keys_per_split, t.sequence.seqlen_k);
       const int64_t end = std::min(begin + plan.keys_per_split, t.sequence.seqlen_k);
-      w.splits[static_cast<std::size_t>(i)].take(f, t.sequence, t.hk, begin, end);
+      worker.splits[static_cast<std::size_t>(i)].begin_keys(pass, t.sequence, t.hk, begin, end);
     }
-    for (int64_t g = 0; g < f.p.group(); ++g)
+    for (int64_t g = 0; g < pass.p.group(); ++g)
       for (int64_t first = 0; first < t.sequence.seqlen_q; first += plan.rows)
-        attend(f, t, split, n, g, first, std::min(first + plan.rows, t.sequence.seqlen_q), w, dsink);
-    for (int64_t i = 0; i < n; ++i) w.splits[static_cast<std::size_t>(i)].store(f);
+        add_queries(pass, t, split, n, g, first, std::min(first + plan.rows, t.sequence.seqlen_q), worker, dsink);
+    for (int64_t i = 0; i < n; ++i) worker.splits[static_cast<std::size_t>(i)].write_gradients(pass);
   }
 }
 
 /// dq of one head = the sum of its partials, in the order of the splits (into the first one).
-void reduce_dq(const Backward& f, const Task& t, int64_t g) {
-  const int64_t d = round_up(f.p.headdim, f.k.width), plane = f.p.max_seqlen_q * d, n = t.sequence.seqlen_q * d;
+void reduce_dq(const BackwardPass& pass, const Task& t, int64_t g) {
+  const int64_t d = pass.plan.ldq, plane = pass.p.max_seqlen_q * d, n = t.sequence.seqlen_q * d;
   float* const sum = t.dq_partials + g * plane;
-  for (int64_t split = 1; split < planes(f.plan); ++split)
-    add_to(sum, t.dq_partials + (split * f.p.group() + g) * plane, n);
-  store_dq(f, t.sequence, t.hk * f.p.group() + g, 0, t.sequence.seqlen_q, sum);
+  for (int64_t split = 1; split < partials_of_head(pass.plan); ++split)
+    add_to(sum, t.dq_partials + (split * pass.p.group() + g) * plane, n);
+  store_dq(pass, t.sequence, t.hk * pass.p.group() + g, 0, t.sequence.seqlen_q, sum);
 }
 
 /// Whether tasks write every element of dbias: it has no sums, and no rows or keys that no sequence has.
@@ -150,17 +160,17 @@ double sink_gradient_without_keys(const Problem& p, const Sequence& seq, int64_t
 }  // namespace
 
 void backward(const Problem& p, const Kernels& k) {
-  clear_if_uncovered(p);
   const BackwardKernel& kernel = backward_kernel(k, p.dtype);
-  const int workers = max_workers();
-  const Backward f{p, k, kernel, make_backward_plan(p, k, kernel, workers)};
-  const BackwardPlan& plan = f.plan;
-  if (p.dbias.present() && !tasks_write_dbias(p)) clear_dbias(p, workers);
-  Arena arena(static_cast<std::size_t>(plan.workspace_shared + workers * plan.workspace_per_worker));
-  const int64_t partial = planes(plan) * p.group() * p.max_seqlen_q * round_up(p.headdim, k.width);  // of a key head
-  float* const partials = plan.splits > 1 ? arena.take<float>(plan.heads_per_wave * partial) : nullptr;
-  std::vector<Worker> memory;
-  for (int w = 0; w < workers; ++w) memory.emplace_back(arena, f);
+  const int threads = max_workers();
+  const BackwardPass pass{p, k, kernel, make_backward_plan(p, k, kernel, threads)};
+  const BackwardPlan& plan = pass.plan;
+  Arena arena(plan.workspace_shared + plan.workers * plan.workspace_per_worker);
+  advise_huge_pages(p);
+  clear_if_uncovered(p);
+  if (p.dbias.present() && !tasks_write_dbias(p)) clear_dbias(p, threads);
+  float* const partials = take_partials(arena, plan, p);
+  std::vector<BackwardWorker> memory;
+  for (int w = 0; w < plan.workers; ++w) memory.emplace_back(arena, plan);
   std::vector<double> dsink(p.dsink.present() ? static_cast<std::size_t>(p.batch * p.nheads) : 0);
 
   const int64_t all_heads = p.batch * p.nheads_k;
@@ -169,21 +179,31 @@ void backward(const Problem& p, const Kernels& k) {
     for (int64_t i = first; i < std::min(first + plan.heads_per_wave, all_heads); ++i) {
       const Sequence s = p.sequences.at(i / p.nheads_k);
       if (s.empty()) continue;
-      heads.push_back(
-          {i / p.nheads_k, i % p.nheads_k, 0, plan.splits, s, partials ? partials + (i - first) * partial : nullptr});
+      heads.push_back({i / p.nheads_k, i % p.nheads_k, 0, plan.splits, s,
+                       partials ? partials + (i - first) * partial_floats(plan, p) : nullptr});
     }
-    for (const SplitRange& r : backward_ranges(plan, static_cast<int64_t>(heads.size()), workers)) {
+    for (const SplitRange& r : backward_ranges(plan, static_cast<int64_t>(heads.size()), threads)) {
       tasks.push_back(heads[static_cast<std::size_t>(r.head)]);
       tasks.back().first_split = r.first, tasks.back().last_split = r.last;
     }
     const std::vector<std::size_t> begins = arrange_turns(p, tasks);
-    parallel_for(static_cast<int64_t>(begins.size()) - 1, workers, [&](int64_t i, int worker) {
-      for (std::size_t at = begins[static_cast<std::size_t>(i)]; at < begins[static_cast<std::size_t>(i) + 1]; ++at)
-        run(f, tasks[at], memory[static_cast<std::size_t>(worker)], dsink.empty() ? nullptr : dsink.data());
-    });
+    // One split: neighbouring heads share pages of the results, as in few_rows.cpp. Several: the heaviest go first.
+    parallel_for(
+        static_cast<int64_t>(begins.size()) - 1, plan.workers,
+        [&](int64_t i, int w) {
+          BackwardWorker& worker = memory[static_cast<std::size_t>(w)];
+          for (std::size_t at = begins[static_cast<std::size_t>(i)]; at < begins[static_cast<std::size_t>(i) + 1];
+               ++at) {
+            const Task* const next = at + 1 < tasks.size() ? &tasks[at + 1] : nullptr;
+            if (plan.asks_ahead) ask_after_task(pass, tasks[at], next, worker.ahead);
+            run_task(pass, tasks[at], worker, dsink.empty() ? nullptr : dsink.data());
+          }
+        },
+        plan.splits == 1 ? Order::by_place : Order::rising);
     if (!partials) continue;
-    parallel_for(static_cast<int64_t>(heads.size()) * p.group(), workers,
-                 [&](int64_t i, int) { reduce_dq(f, heads[static_cast<std::size_t>(i / p.group())], i % p.group()); });
+    parallel_for(static_cast<int64_t>(heads.size()) * p.group(), plan.workers, [&](int64_t i, int) {
+      reduce_dq(pass, heads[static_cast<std::size_t>(i / p.group())], i % p.group());
+    });
   }
 
   for (int64_t h = 0; p.dsink.present() && h < p.nheads; ++h) {

@@ -12,6 +12,9 @@
 
 namespace flash_attn::cpu {
 
+inline constexpr double kLog2e = 1.4426950408889634;
+inline constexpr double kLn2 = 0.6931471805599453;
+
 /// Rows of one tensor, each found by its address: strided memory, pages and head groups all look like this.
 struct RowList {
   const char* const* row;  // (rows); nullptr: a row of zeros
@@ -40,9 +43,17 @@ struct SoftmaxSums {
   float* l;  // (rows, width): sum of p, by lanes
 };
 
+/// Memory that is needed next: `rows` runs of `bytes`, `step` bytes apart. A kernel asks L2 for it between its
+/// products, a few lines at a time: rows of a head lie apart, and no prefetcher follows them from page to page.
+struct Ahead {
+  const char* first;
+  int64_t rows, step, bytes;
+};
+
 /// One task of the forward: `rows` queries of one key head against its packed keys [0, keys).
-///   x = q . k  ->  s = scale x, or softcap tanh(scale x)  ->  ALiBi  ->  bias  ->  mask  ->  p = 2^(s - m)  -> dropout
-/// All scores are in log2 units. q, k and v are packs of the kernel's own making; q carries the sign of the scale.
+///   x = q . k  ->  s = scale x, or cap tanh(scale x / cap)  ->  ALiBi  ->  bias  ->  mask  ->  p = 2^(s - m)  ->
+///   dropout
+/// All scores are in log2 units. q, k and v are packs of the kernel's own making; q carries ScoreScale::q_factor.
 struct AttendTask {
   int64_t rows, headdim, headdim_v;
   const char* q;             // of `rows` rows
@@ -50,16 +61,18 @@ struct AttendTask {
   const char *k, *v;         // packs of `keys` rows
   const uint8_t* v_special;  // (keys / panel): what pack_v returned; nullptr if all false
   const int64_t *lo, *hi;    // (rows): visible keys
-  float scale;               // positive; log2(e) |softmax_scale|, or |softmax_scale| / softcap
-  float softcap_log2;        // softcap * log2(e); 0: off
+  float scale;               // positive: log2(e) |softmax_scale|
+  float softcap_log2;        // cap = softcap * log2(e); 0: off
   const float* slope_log2;   // (rows): ALiBi slope * log2(e); nullptr: off
   const int64_t* position;   // (rows): the key position that the row stands at
   RowList bias;              // (rows, keys that have one), in natural units; row nullptr: off
   DropoutTask dropout;       // of the p that multiply v, not of l; its scale is left to the driver
-  float* o;                  // (rows padded to groups, headdim_v padded to the width): sum of p . v
+  float* o;                  // (rows padded to tiles, headdim_v padded to the width): sum of p . v
   float* m;                  // (rows): max of s
   float* l;                  // (rows, width): sum of p, by lanes
   char* scratch;
+  const Ahead* ahead;  // (aheads): what the worker will read and write after this task
+  int64_t aheads;
 };
 
 /// Keys where they lie, for tasks of several key heads that see them: key j of task h is at k.row[j] + h * k_head.
@@ -74,18 +87,19 @@ struct KeysInPlace {
 /// `special` rows hold values that the arithmetic cannot treat one by one: 0 * inf is NaN, so a product over keys that
 /// only some rows see must not meet an inf, and a number that is split into parts must be finite.
 struct AttendKernel {
-  const char* name;  // of the arithmetic
-  int64_t panel;     // keys packed at a time, at most 64
-  int64_t group;     // rows of a score tile
-  int64_t block;     // keys of a score tile
+  const char* name;   // of the arithmetic
+  int64_t panel;      // keys packed at a time, at most kMostPacked
+  int64_t tile_rows;  // rows of a score tile
+  int64_t tile_keys;  // keys of a score tile
   int64_t scratch;
   int64_t (*q_bytes)(int64_t rows, int64_t headdim);
   int64_t (*k_bytes)(int64_t keys, int64_t headdim);
   int64_t (*v_bytes)(int64_t keys, int64_t headdim_v);
 
-  /// sign * rows -> q. Like the next two, returns whether some row is special.
-  bool (*pack_q)(const RowList& rows, float sign, char* q);
-  /// One panel of keys (its list has `panel` rows) -> keys [first, first + panel) of a pack of `keys`.
+  /// factor * rows -> q. Like the next two, returns whether some row is special.
+  bool (*pack_q)(const RowList& rows, float factor, char* q);
+  /// One panel of keys (its list has up to `panel` rows) -> keys [first, first + panel) of a pack of `keys`. Beyond the
+  /// list, rows up to a whole vector are zeros, and others are not read by attend.
   bool (*pack_k)(const RowList& rows, char* k, int64_t keys, int64_t first);
   bool (*pack_v)(const RowList& rows, char* v, int64_t keys, int64_t first);
   void (*attend)(const AttendTask& task);
@@ -97,9 +111,9 @@ struct AttendKernel {
 
 /// One task of the backward: `rows` queries of one head against packed keys [0, keys). With x and s as above,
 ///   p = 2^(s - base),  z = 0 where dropout drops, else its scale,  u = z (dout . v) - delta
-///   dv += (z p)^T dout     dbias = p u      dx = p u (times 1 - tanh(scale x)^2 with softcap)
+///   dv += (z p)^T dout     dbias = p u      dx = p u (times 1 - tanh(scale x / cap)^2 with softcap)
 ///   dk += dx^T q           dq += dx k
-/// The driver multiplies dk and dq by the softmax scale when it writes them.
+/// The driver multiplies dk and dq by the softmax scale when it writes them, and dk by 1 / q_factor.
 struct BackwardTask {
   int64_t rows, headdim, headdim_v;
   const char* queries;         // packs of q and dout, of row_capacity rows
@@ -107,7 +121,7 @@ struct BackwardTask {
   int64_t row_capacity, keys;  // keys: padded to panels
   const float* base;           // (rows): lse * log2(e); +inf: the row sees nothing
   const float* delta;          // (rows): sum of dout * out, less dlse
-  const uint8_t* row_special;  // (rows / group): what pack_queries returned
+  const uint8_t* row_special;  // (rows / tile_rows): what pack_queries returned
   const uint8_t* key_special;  // (keys / panel): what pack_keys returned
   const int64_t *lo, *hi;      // (rows)
   float scale, softcap_log2;   // as above
@@ -118,27 +132,29 @@ struct BackwardTask {
   float* const* dbias;   // (rows): where the gradient of key 0 is; nullptr: not wanted. Visible keys are written,
   int64_t dbias_stride;  // of the keys
   bool dbias_sums;       // or added to: several rows may have one place
-  float* dq;             // (rows padded to groups, headdim padded to the width): added to
+  float* dq;             // (rows padded to tiles, headdim padded to the width): added to
   float* dk;             // headdim padded x keys, in the kernel's own layout: added to
   float* dv;             // headdim_v padded x keys: added to
   char* scratch;
+  const Ahead* ahead;  // (aheads): as above
+  int64_t aheads;
 };
 
 /// The backward in one arithmetic. Sizes are in bytes, multiples of 64; `special` is as in AttendKernel.
 struct BackwardKernel {
   const char* name;
-  int64_t panel;  // keys packed at a time, at most 64
-  int64_t group;  // rows packed at a time, at most 64; rows of a score tile
-  int64_t block;  // keys of a score tile
+  int64_t panel;      // keys packed at a time, at most kMostPacked
+  int64_t tile_rows;  // rows of a score tile, packed at a time; at most kMostPacked
+  int64_t tile_keys;  // keys of a score tile
   int64_t scratch;
   int64_t (*query_bytes)(int64_t rows, int64_t headdim, int64_t headdim_v);
   int64_t (*key_bytes)(int64_t keys, int64_t headdim, int64_t headdim_v);
 
-  /// One group of sign * q and of dout (lists of up to `group` rows) -> rows [first, first + group) of a pack of
-  /// `row_capacity`. Like the next, returns whether some row is special.
-  bool (*pack_queries)(const RowList& q, const RowList& dout, float sign, char* to, int64_t row_capacity,
+  /// One tile of factor * q and of dout (lists of up to `tile_rows` rows) -> rows [first, first + tile_rows) of a pack
+  /// of `row_capacity`. Like the next, returns whether some row is special.
+  bool (*pack_queries)(const RowList& q, const RowList& dout, float factor, char* to, int64_t row_capacity,
                        int64_t first);
-  /// One panel of k and v (lists of `panel` rows) -> keys [first, first + panel) of a pack of `keys`.
+  /// One panel of k and v (lists of up to `panel` rows) -> keys [first, first + panel) of a pack of `keys`.
   bool (*pack_keys)(const RowList& k, const RowList& v, char* to, int64_t keys, int64_t first);
   void (*backward)(const BackwardTask& task);
   /// dk or dv in the kernel's layout -> (keys, cols padded to the width). nullptr: it is that.

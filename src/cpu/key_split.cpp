@@ -1,40 +1,37 @@
 #include "cpu/key_split.hpp"
 
-#include <algorithm>
 #include <cmath>
 
-#include "cpu/driver.hpp"
+#include "cpu/memory.hpp"
+#include "cpu/rounding.hpp"
+#include "cpu/units.hpp"
 
 namespace flash_attn::cpu {
 
-KeySplit::KeySplit(Arena& a, const Backward& f, float* rows) : rows_(rows) {
-  const int64_t keys = f.plan.keys_per_split;
-  keys_ = a.take<char>(f.plan.key_bytes), special_ = a.take<uint8_t>(keys);
-  dk_ = a.take<float>(keys * round_up(f.p.headdim, f.k.width));
-  dv_ = a.take<float>(keys * round_up(f.p.headdim_v, f.k.width));
-}
+KeySplit::KeySplit(Arena& arena, const BackwardPlan& plan, float* rows)
+    : keys_(arena.take<char>(plan.key_bytes)),
+      special_(arena.take<uint8_t>(plan.keys_per_split)),
+      dk_(arena.take<float>(plan.keys_per_split * plan.ldq)),
+      dv_(arena.take<float>(plan.keys_per_split * plan.ldo)),
+      rows_(rows) {}
 
-int64_t KeySplit::row_floats(const Backward& f) {
-  return f.kernel.sum_rows ? f.plan.keys_per_split * round_up(std::max(f.p.headdim, f.p.headdim_v), f.k.width) : 0;
-}
-
-void KeySplit::take(const Backward& f, const Sequence& sequence, int64_t hk, int64_t begin, int64_t end) {
+void KeySplit::begin_keys(const BackwardPass& pass, const Sequence& sequence, int64_t hk, int64_t begin, int64_t end) {
   sequence_ = sequence, hk_ = hk, begin_ = begin, end_ = end;
-  kernel_ = nullptr;
-  use(f, f.kernel);
+  packed_for_ = nullptr;
+  pack_for(pass, pass.kernel);
 }
 
-bool KeySplit::pack(const Backward& f) {
-  const Problem& p = f.p;
-  const int64_t panel = kernel_->panel, keys = round_up(end_ - begin_, panel);
+bool KeySplit::pack(const BackwardPass& pass) {
+  const Problem& p = pass.p;
+  const int64_t panel = packed_for_->panel, keys = round_up(end_ - begin_, panel);
   bool special = false;
   for (int64_t j = 0; j < keys; j += panel) {
     const int64_t n = std::min(panel, end_ - begin_ - j);
-    const char *k[64] = {}, *v[64] = {};
+    const char *k[kMostPacked], *v[kMostPacked];
     key_rows(p, p.k, sequence_, hk_, begin_ + j, n, k);
     key_rows(p, p.v, sequence_, hk_, begin_ + j, n, v);
-    const bool x = kernel_->pack_keys({k, panel, p.headdim, p.k.stride_col, p.dtype},
-                                      {v, panel, p.headdim_v, p.v.stride_col, p.dtype}, keys_, keys, j);
+    const bool x = packed_for_->pack_keys({k, n, p.headdim, p.k.stride_col, p.dtype},
+                                          {v, n, p.headdim_v, p.v.stride_col, p.dtype}, keys_, keys, j);
     special_[j / panel] = x;
     special |= x;
   }
@@ -42,50 +39,50 @@ bool KeySplit::pack(const Backward& f) {
 }
 
 /// Packs the keys for a kernel, or for the one that takes any. Sums made so far are kept.
-void KeySplit::use(const Backward& f, const BackwardKernel& kernel) {
-  const int64_t d = round_up(f.p.headdim, f.k.width), dv = round_up(f.p.headdim_v, f.k.width);
-  const BackwardKernel* const before = kernel_;
+void KeySplit::pack_for(const BackwardPass& pass, const BackwardKernel& kernel) {
+  const BackwardKernel* const before = packed_for_;
   const int64_t keys = before ? round_up(end_ - begin_, before->panel) : 0;
-  const auto sums_so_far = [&](float* sums, int64_t cols, int64_t ld) {
+  const auto keep_sums = [&](float* sums, int64_t cols, int64_t ld) {
     if (before && before->sum_rows) {
       before->sum_rows(sums, keys, cols, rows_);
       std::copy(rows_, rows_ + keys * ld, sums);
     }
-    const int64_t all = round_up(end_ - begin_, std::max(f.kernel.panel, f.k.backward_any->panel));
+    const int64_t all = round_up(end_ - begin_, std::max(pass.kernel.panel, pass.k.backward_any->panel));
     std::fill(sums + keys * ld, sums + all * ld, 0.0f);
   };
-  sums_so_far(dk_, f.p.headdim, d);
-  sums_so_far(dv_, f.p.headdim_v, dv);
-  kernel_ = &kernel;
-  if (pack(f) && kernel.plain_only) use(f, *f.k.backward_any);
+  keep_sums(dk_, pass.p.headdim, pass.plan.ldq);
+  keep_sums(dv_, pass.p.headdim_v, pass.plan.ldo);
+  packed_for_ = &kernel;
+  if (pack(pass) && kernel.plain_only) pack_for(pass, *pass.k.backward_any);
 }
 
-const float* KeySplit::attend(const Backward& f, QueryRows& queries) {
-  if (queries.pack(f, *kernel_) && kernel_->plain_only) {
-    use(f, *f.k.backward_any);
-    queries.pack(f, *kernel_);
+const float* KeySplit::add_queries(const BackwardPass& pass, GradientRows& queries, const std::vector<Ahead>& ahead) {
+  if (queries.pack_for(pass, *packed_for_) && packed_for_->plain_only) {
+    pack_for(pass, *pass.k.backward_any);
+    queries.pack_for(pass, *packed_for_);
   }
-  BackwardTask task = queries.task(f, begin_);
+  BackwardTask task = queries.task_of_keys(pass, begin_);
   task.keys_packed = keys_;
-  task.keys = round_up(end_ - begin_, kernel_->panel);
+  task.keys = round_up(end_ - begin_, packed_for_->panel);
   task.key_special = special_;
   task.dk = dk_;
   task.dv = dv_;
-  kernel_->backward(task);
+  task.ahead = ahead.data(), task.aheads = static_cast<int64_t>(ahead.size());
+  packed_for_->backward(task);
   return task.dq;
 }
 
-void KeySplit::store(const Backward& f) {
-  const Problem& p = f.p;
-  const int64_t keys = round_up(end_ - begin_, kernel_->panel);
-  const auto store_sums = [&](const Operand& to, const float* sums, int64_t cols, float factor) {
-    if (kernel_->sum_rows) kernel_->sum_rows(sums, keys, cols, rows_);
-    store_rows(f.k, end_ - begin_, cols, to.stride_col, p.dtype, factor, kernel_->sum_rows ? rows_ : sums,
-               round_up(cols, f.k.width),
+void KeySplit::write_gradients(const BackwardPass& pass) {
+  const Problem& p = pass.p;
+  const int64_t keys = round_up(end_ - begin_, packed_for_->panel);
+  const auto write = [&](const Operand& to, const float* sums, int64_t cols, int64_t ld, float factor) {
+    if (packed_for_->sum_rows) packed_for_->sum_rows(sums, keys, cols, rows_);
+    store_rows(pass.k, end_ - begin_, cols, to.stride_col, p.dtype, factor, packed_for_->sum_rows ? rows_ : sums, ld,
                [&](int64_t j) { return to.at(sequence_.k_batch, sequence_.k_row + begin_ + j, hk_); });
   };
-  store_sums(p.dk, dk_, p.headdim, static_cast<float>(std::abs(p.scores.scale)));
-  store_sums(p.dv, dv_, p.headdim_v, 1.0f);
+  const float q_factor = score_scale(p.scores).q_factor;  // dk is summed over q_factor q; 0: so are its sums
+  write(p.dk, dk_, p.headdim, pass.plan.ldq, q_factor == 0 ? 0.0f : static_cast<float>(p.scores.scale / q_factor));
+  write(p.dv, dv_, p.headdim_v, pass.plan.ldo, 1.0f);
 }
 
 }  // namespace flash_attn::cpu

@@ -12,6 +12,8 @@
 #include <sstream>
 #include <string>
 
+#include "flash_attn/error.hpp"
+
 namespace flash_attn::cpu {
 namespace fs = std::filesystem;
 namespace {
@@ -23,14 +25,27 @@ std::string first_line(const fs::path& path) {
   return line;
 }
 
-/// The number, or the first of a list, as OpenMP takes one.
-int positive_variable(const char* name) {
-  const char* const value = std::getenv(name);
+/// OMP_NUM_THREADS: the number, or the first of a list. What OpenMP would not understand counts as not set: the
+/// variable is not ours to complain about.
+int omp_threads() {
+  const char* const value = std::getenv("OMP_NUM_THREADS");
   if (!value) return 0;
   const char* const end = value + std::strlen(value);
   int n = 0;
   const auto [stop, error] = std::from_chars(value, end, n);
   return error == std::errc() && (stop == end || *stop == ',') && n > 0 ? n : 0;
+}
+
+/// FLASH_ATTENTION_NUM_THREADS; 0 if it is not set, or empty.
+int requested_threads() {
+  const char* const value = std::getenv("FLASH_ATTENTION_NUM_THREADS");
+  if (!value || !*value) return 0;
+  const char* const end = value + std::strlen(value);
+  int n = 0;
+  const auto [stop, error] = std::from_chars(value, end, n);
+  if (error == std::errc() && stop == end && n > 0 && n <= most_threads()) return n;
+  throw Error(ErrorCode::invalid_argument, "FLASH_ATTENTION_NUM_THREADS: expected a whole number from 1 to " +
+                                               std::to_string(most_threads()) + ", got \"" + value + "\"");
 }
 
 /// CPUs granted by "quota period" (cgroup v2's cpu.max, or v1's two files); 0 if unlimited.
@@ -71,6 +86,8 @@ double cgroup_quota() {
 
 }  // namespace
 
+int most_threads() { return std::max(1024, static_cast<int>(sysconf(_SC_NPROCESSORS_ONLN))); }
+
 ThreadLimits thread_limits() {
   ThreadLimits limits;
   limits.online = static_cast<int>(sysconf(_SC_NPROCESSORS_ONLN));
@@ -79,8 +96,8 @@ ThreadLimits thread_limits() {
   // Of the process, not of the thread that happens to ask first: a host may have pinned that one.
   limits.affinity = sched_getaffinity(getpid(), sizeof set, &set) == 0 ? CPU_COUNT(&set) : limits.online;
   limits.quota = cgroup_quota();
-  limits.requested = positive_variable("FLASH_ATTENTION_NUM_THREADS");
-  limits.omp = positive_variable("OMP_NUM_THREADS");
+  limits.requested = requested_threads();
+  limits.omp = omp_threads();
   return limits;
 }
 

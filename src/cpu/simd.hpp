@@ -17,6 +17,9 @@ namespace flash_attn::cpu::FLASH_ATTN_ISA {
 
 inline constexpr int W = FLASH_ATTN_WIDTH;
 
+/// n rounded up to a multiple of `to`. (A round_up() for all instruction sets would be one copy for all.)
+constexpr int64_t pad_to(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
 using vf = float __attribute__((vector_size(4 * W)));
 using vi = int32_t __attribute__((vector_size(4 * W)));
 using vh = uint16_t __attribute__((vector_size(2 * W)));  // W 16-bit floats
@@ -118,8 +121,8 @@ FLASH_ATTN_INLINE vf tanh(vf x) {
   p = p * z + 0.13331441581249237f;
   p = p * z - 0.3333328068256378f;
   const vf near_zero = x + x * z * p;
-  const vf clamped = a > all(10.0f) ? all(10.0f) : a;  // tanh(10) is 1 in fp32; a NaN stays
-  const vf e = exp2(clamped * -2.88539008177793f);     // e^(-2a), in (0, 1]
+  const vf clamped = a > all(10.0f) ? all(10.0f) : a;            // tanh(10) is 1 in fp32; a NaN stays
+  const vf e = exp2(clamped * static_cast<float>(-2 * kLog2e));  // e^(-2a), in (0, 1]
   const vf far = (1.0f - e) / (1.0f + e);
   const vf signed_far = as_float(as_int(far) | (as_int(x) & static_cast<int32_t>(0x80000000)));
   return a < all(0.625f) ? near_zero : signed_far;

@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -175,3 +176,10 @@ def test_overhead_is_that_of_the_data(name: str, pattern: str) -> None:
     expected = [f(d[key] for d in data) for key in ("flash_attn_func_us", "import_ms") for f in (min, max)]
     printed = re.search(pattern, (ROOT / name).read_text(encoding="utf-8"))
     assert printed and [int(x) for x in printed.groups()] == [round(x) for x in expected]
+
+
+def test_the_feature_table_is_current() -> None:
+    sys.path.insert(0, str(ROOT / "docs"))
+    import feature_table
+
+    assert feature_table.PAGE.read_text(encoding="utf-8") == feature_table.page_with(feature_table.table())

@@ -108,9 +108,8 @@ def _refuses_shapes(query, key, value, attn_mask, enable_gqa: bool) -> str:
     if attn_mask is not None:
         batch = torch.broadcast_shapes(*batches[:2])  # of the scores: the values have no say in it
         full = (*batch, *(() if heads is None else (heads,)), query.shape[-2], key.shape[-2])
-        if attn_mask.dim() > len(full) or any(
-            m not in (1, n) for m, n in zip(reversed(attn_mask.shape), reversed(full), strict=False)
-        ):
+        last = full[len(full) - attn_mask.dim() :]
+        if attn_mask.dim() > len(full) or any(m not in (1, n) for m, n in zip(attn_mask.shape, last, strict=True)):
             return f"attn_mask: {tuple(attn_mask.shape)} does not broadcast to {full}"
     return ""
 

@@ -2,7 +2,7 @@
 //
 //   q  [part][rows padded][headdim padded]                 operand A of the scores
 //   k  [part][keys / 16][headdim / 32] tiles               operand B: a row of a tile is two columns of 16 keys
-//   p  [group][block / 32][2 parts][32]                    operand A of the output; takes the place of the scores
+//   p  [32 rows][block / 32][2 parts][32]                    operand A of the output; takes the place of the scores
 //   v  [part][headdim_v / 16][keys / 32] tiles             operand B: a row of a tile is two keys of 16 columns
 //
 // Cycles for 16 scores, a tile product (16 x 16 x 32) taking 16 cycles: d N / 32 for N products of parts in all (bf16:
@@ -11,16 +11,14 @@
 
 namespace flash_attn::cpu::FLASH_ATTN_ISA {
 
-inline constexpr int64_t kTileGroup = 2 * kTile;
-inline constexpr int64_t kTileBlock = 256;
+inline constexpr int64_t kTiledRows = 2 * kTile;
+inline constexpr int64_t kTiledKeys = 256;
 inline constexpr int64_t kTileKeys = 32;  // keys are padded to pairs of tiles
-
-constexpr int64_t pad_to(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 template <int kParts>
 struct Tiles {
   static int64_t q_bytes(int64_t rows, int64_t headdim) {
-    return kParts * 2 * pad_to(rows, kTileGroup) * pad_to(headdim, kDepth);
+    return kParts * 2 * pad_to(rows, kTiledRows) * pad_to(headdim, kDepth);
   }
   static int64_t k_bytes(int64_t keys, int64_t headdim) { return kParts * 2 * keys * pad_to(headdim, kDepth); }
   static int64_t v_bytes(int64_t keys, int64_t headdim_v) { return kParts * 2 * keys * pad_to(headdim_v, kTile); }
@@ -49,12 +47,12 @@ struct Tiles {
       finder.see(a), finder.see(b);
   }
 
-  static bool pack_q(const RowList& rows, float sign, char* to) {
-    const int64_t d = pad_to(rows.cols, kDepth), padded = pad_to(rows.rows, kTileGroup);
+  static bool pack_q(const RowList& rows, float factor, char* to) {
+    const int64_t d = pad_to(rows.cols, kDepth), padded = pad_to(rows.rows, kTiledRows);
     PartlessFinder finder;
     for (int64_t r = 0; r < padded; ++r)
       for (int64_t c = 0; c < d; c += kDepth)
-        load_parts(rows, r, c, sign, reinterpret_cast<bf16*>(to) + r * d + c, padded * d, finder);
+        load_parts(rows, r, c, factor, reinterpret_cast<bf16*>(to) + r * d + c, padded * d, finder);
     return finder.found();
   }
 
@@ -102,17 +100,17 @@ struct Tiles {
   };
   /// What an item leaves from one stage to the next; two take turns.
   struct Buffer {
-    float* s;  // (group, lds): scores, then p
-    float base[kTileGroup], rescale[kTileGroup];
+    float* s;  // (32, lds): scores, then p
+    float base[kTiledRows], rescale[kTiledRows];
   };
-  static constexpr int64_t lds = kTileBlock + W;  // off the power of two: rows must not share L1 sets
+  static constexpr int64_t lds = kTiledKeys + W;  // off the power of two: rows must not share L1 sets
 
   /// The next score tile that holds a visible key, from block `block` and row r0 on; rows 0: there is none.
   static Item next_item(const AttendTask& t, int64_t block, int64_t r0) {
-    for (; block < t.keys; block += kTileBlock, r0 = 0) {
-      const int64_t block_end = block + kTileBlock < t.keys ? block + kTileBlock : t.keys;
-      for (; r0 < t.rows; r0 += kTileGroup) {
-        const int64_t rows = t.rows - r0 < kTileGroup ? t.rows - r0 : kTileGroup;
+    for (; block < t.keys; block += kTiledKeys, r0 = 0) {
+      const int64_t block_end = block + kTiledKeys < t.keys ? block + kTiledKeys : t.keys;
+      for (; r0 < t.rows; r0 += kTiledRows) {
+        const int64_t rows = t.rows - r0 < kTiledRows ? t.rows - r0 : kTiledRows;
         const auto [first, last, partial] = seen_by<kTileKeys, kTileKeys>(t.lo + r0, t.hi + r0, rows, block, block_end);
         if (last > first) return {block, r0, rows, first, last - first, partial};
       }
@@ -125,7 +123,7 @@ struct Tiles {
     return {.a = reinterpret_cast<const bf16*>(t.q) + x.r0 * d,
             .lda = d,
             .a_step = kDepth,
-            .a_part = pad_to(t.rows, kTileGroup) * d,
+            .a_part = pad_to(t.rows, kTiledRows) * d,
             .b = reinterpret_cast<const bf16*>(t.k) + x.first * d,
             .b_column = kTile * d,
             .b_part = t.keys * d,
@@ -200,7 +198,8 @@ struct Tiles {
   template <bool kDrops>
   __attribute__((noinline)) static void attend(const AttendTask& t) {
     float* const memory = reinterpret_cast<float*>(t.scratch);
-    Buffer buffers[2] = {{memory, {}, {}}, {memory + kTileGroup * lds, {}, {}}};
+    Buffer buffers[2] = {{memory, {}, {}}, {memory + kTiledRows * lds, {}, {}}};
+    Asker asker(t.ahead, t.aheads, t.rows * ((t.keys + kTiledKeys - 1) / kTiledKeys));
     begin_tiles();
     Background background;
     Item before{}, now = next_item(t, 0, 0);
@@ -208,7 +207,7 @@ struct Tiles {
     background.finish();
     for (int turn = 0; now.rows > 0; turn ^= 1) {
       Buffer &mine = buffers[turn], &other = buffers[turn ^ 1];
-      const Item after = next_item(t, now.block, now.r0 + kTileGroup);
+      const Item after = next_item(t, now.block, now.r0 + kTiledRows);
       float scale = 1.0f;
       for (int64_t r = 0; r < now.rows; ++r)
         scale = score_row(t, now.r0 + r, mine.s + r * lds, now.first, now.n, now.partial);
@@ -225,9 +224,10 @@ struct Tiles {
         background.units += background.after.units();
       }
       for (int64_t r = 0; r < now.rows; ++r) {
+        asker.turn();
         if (r < after.rows) prefetch_bias(t.bias, after.r0 + r, 1, after.first, after.first + after.n);
         float* const row = mine.s + r * lds;
-        exponentials_kept<kDrops, kTileBlock>(
+        exponentials_kept<kDrops, kTiledKeys>(
             t.dropout, now.r0 + r, now.first, row, now.n, is_huge(mine.base[r]) ? scale_row(row, now.n, scale) : scale,
             mine.base[r], mine.rescale[r], t.l + (now.r0 + r) * W, InPlace{row, background});
       }
@@ -237,6 +237,7 @@ struct Tiles {
     }
     background.finish();
     end_tiles();
+    asker.finish();
   }
 
   static void attend_any(const AttendTask& t) { t.dropout.threshold == 0 ? attend<false>(t) : attend<true>(t); }
@@ -244,9 +245,9 @@ struct Tiles {
   static constexpr AttendKernel kernel(const char* name) {
     return {.name = name,
             .panel = kTileKeys,
-            .group = kTileGroup,
-            .block = kTileBlock,
-            .scratch = 2 * kTileGroup * lds * 4,
+            .tile_rows = kTiledRows,
+            .tile_keys = kTiledKeys,
+            .scratch = 2 * kTiledRows * lds * 4,
             .q_bytes = q_bytes,
             .k_bytes = k_bytes,
             .v_bytes = v_bytes,

@@ -17,13 +17,13 @@
 
 namespace flash_attn::cpu::FLASH_ATTN_ISA {
 
-inline constexpr int64_t kBackwardTileGroup = 64;
-inline constexpr int64_t kBackwardTileBlock = 128;
+inline constexpr int64_t kBackwardTiledRows = 64;
+inline constexpr int64_t kBackwardTiledKeys = 128;
 
 template <int kParts>
 struct BackwardTiles {
   using Forward = Tiles<kParts>;
-  static constexpr int64_t lds = kBackwardTileBlock + W;  // off the power of two: rows must not share L1 sets
+  static constexpr int64_t lds = kBackwardTiledKeys + W;  // off the power of two: rows must not share L1 sets
 
   /// The packs of q and dout: where each begins, in elements.
   struct Queries {
@@ -59,11 +59,11 @@ struct BackwardTiles {
     return Forward::pack_v(k, to + at.k_rows(), n, first) || special_k || special_v;
   }
 
-  static bool pack_queries(const RowList& q, const RowList& dout, float sign, char* to, int64_t row_capacity,
+  static bool pack_queries(const RowList& q, const RowList& dout, float factor, char* to, int64_t row_capacity,
                            int64_t first) {
     const Queries at = queries(row_capacity, q.cols, dout.cols);
     bf16* const all = reinterpret_cast<bf16*>(to);
-    const bool special = pack_rows(q, sign, all + at.q(), all + at.q_transposed(), row_capacity, first);
+    const bool special = pack_rows(q, factor, all + at.q(), all + at.q_transposed(), row_capacity, first);
     return pack_rows(dout, 1.0f, all + at.dout(), all + at.dout_transposed(), row_capacity, first) || special;
   }
 
@@ -72,7 +72,7 @@ struct BackwardTiles {
                         int64_t first) {
     const int64_t d = pad_to(rows.cols, kDepth), part_size = row_capacity * d;
     PartlessFinder finder;
-    for (int64_t r0 = 0; r0 < kBackwardTileGroup; r0 += kDepth)
+    for (int64_t r0 = 0; r0 < kBackwardTiledRows; r0 += kDepth)
       for (int64_t c = 0; c < d; c += kDepth) {
         bf16* const block = straight + (first + r0) * d + c;
         for (int64_t r = 0; r < kDepth; ++r)
@@ -172,7 +172,7 @@ struct BackwardTiles {
                          .add = true});
   }
 
-  /// p and dx of a group, in fp32, become the operands of the sums. Rows that pad it are 0.
+  /// p and dx of a score tile, in fp32, become the operands of the sums. Rows that pad it are 0.
   static void split(const Item& x, float* p, float* dx, bf16* dx_rows) {
     for (int64_t r = x.rows; r < x.halves() * kDepth; ++r)
       for (float* const all : {p, dx}) std::memset(all + r * lds, 0, static_cast<std::size_t>(x.n) * sizeof(float));
@@ -188,22 +188,25 @@ struct BackwardTiles {
     const Queries at = queries(t.row_capacity, t.headdim, t.headdim_v);
     const Keys packs = keys(t.keys, t.headdim, t.headdim_v);
     const auto* const q = reinterpret_cast<const bf16*>(t.queries);
-    float* const p = reinterpret_cast<float*>(t.scratch);  // (group, lds)
-    float* const dx = p + kBackwardTileGroup * lds;
-    auto* const dx_rows = reinterpret_cast<bf16*>(dx + kBackwardTileGroup * lds);
+    float* const p = reinterpret_cast<float*>(t.scratch);  // (64, lds)
+    float* const dx = p + kBackwardTiledRows * lds;
+    auto* const dx_rows = reinterpret_cast<bf16*>(dx + kBackwardTiledRows * lds);
+    Asker asker(t.ahead, t.aheads, t.rows * ((t.keys + kBackwardTiledKeys - 1) / kBackwardTiledKeys));
     begin_tiles();
-    for (int64_t block = 0; block < t.keys; block += kBackwardTileBlock) {
-      const int64_t block_end = block + kBackwardTileBlock < t.keys ? block + kBackwardTileBlock : t.keys;
-      for (int64_t r0 = 0; r0 < t.rows; r0 += kBackwardTileGroup) {
-        const int64_t rows = t.rows - r0 < kBackwardTileGroup ? t.rows - r0 : kBackwardTileGroup;
+    for (int64_t block = 0; block < t.keys; block += kBackwardTiledKeys) {
+      const int64_t block_end = block + kBackwardTiledKeys < t.keys ? block + kBackwardTiledKeys : t.keys;
+      for (int64_t r0 = 0; r0 < t.rows; r0 += kBackwardTiledRows) {
+        const int64_t rows = t.rows - r0 < kBackwardTiledRows ? t.rows - r0 : kBackwardTiledRows;
         const auto [first, last, partial] = seen_by<kTileKeys, kTileKeys>(t.lo + r0, t.hi + r0, rows, block, block_end);
         if (last <= first) continue;
         const Item x{r0, rows, first, last - first};
         prefetch_bias(t.bias, r0, rows, first, last);
         scores(x, q + at.q(), at.rows * at.d, t.keys_packed, t.keys * at.d, at.d, p);
         scores(x, q + at.dout(), at.rows * at.dv, t.keys_packed + packs.v(), t.keys * at.dv, at.dv, dx);
-        for (int64_t r = 0; r < rows; ++r)
-          gradient_row<kBackwardTileBlock>(t, r0 + r, p + r * lds, dx + r * lds, first, x.n, partial);
+        for (int64_t r = 0; r < rows; ++r) {
+          asker.turn();
+          gradient_row<kBackwardTiledKeys>(t, r0 + r, p + r * lds, dx + r * lds, first, x.n, partial);
+        }
         split(x, p, dx, dx_rows);
         key_sums(t, x, q + at.dout_transposed(), at.rows * at.dv, p, pad_to(t.headdim_v, kTile), t.dv);
         key_sums(t, x, q + at.q_transposed(), at.rows * at.d, dx, pad_to(t.headdim, kTile), t.dk);
@@ -211,6 +214,7 @@ struct BackwardTiles {
       }
     }
     end_tiles();
+    asker.finish();
   }
 
   /// [cols][keys] -> (keys, cols padded to the width)
@@ -228,9 +232,9 @@ struct BackwardTiles {
   static constexpr BackwardKernel kernel(const char* name) {
     return {.name = name,
             .panel = kTileKeys,
-            .group = kBackwardTileGroup,
-            .block = kBackwardTileBlock,
-            .scratch = 3 * kBackwardTileGroup * lds * 4,
+            .tile_rows = kBackwardTiledRows,
+            .tile_keys = kBackwardTiledKeys,
+            .scratch = 3 * kBackwardTiledRows * lds * 4,
             .query_bytes = query_bytes,
             .key_bytes = key_bytes,
             .pack_queries = pack_queries,

@@ -6,7 +6,7 @@ namespace flash_attn::cpu::FLASH_ATTN_ISA {
 /// The sums of the same rows over other keys join those of `to`: m' = max, and o and l of either side are scaled by
 /// 2^(m - m').
 inline void merge_rows(int64_t rows, int64_t headdim_v, const SoftmaxSums& from, const SoftmaxSums& to) {
-  const int64_t ldo = (headdim_v + W - 1) / W * W;
+  const int64_t ldo = pad_to(headdim_v, W);
   for (int64_t r = 0; r < rows; ++r) {
     const vf here = all(to.m[r]), there = all(from.m[r]);
     const vf now = max(here, there), base = softmax_base(now);
@@ -56,7 +56,7 @@ inline void finish_rows(int64_t rows, const float* m, const float* l, float* fac
     vf max_log2{};
     std::memcpy(&max_log2, m + r, bytes);
     const vd exponent = __builtin_convertvector(max_log2, vd) + __builtin_convertvector(e, vd);
-    const vd log_sum = exponent * 0.6931471805599453 + __builtin_convertvector(f * log1p_over(f), vd);
+    const vd log_sum = exponent * kLn2 + __builtin_convertvector(f * log1p_over(f), vd);
 
     const vf zero{}, inverse = __builtin_convertvector(1.0 / sum, vf),
                      finite_lse = __builtin_convertvector(log_sum, vf);

@@ -2,12 +2,13 @@
 
 namespace flash_attn::cpu::FLASH_ATTN_ISA {
 
-/// x = softcap * tanh(scale x) (log2 units), slope = 1 - tanh(scale x)^2.
+/// x: what softcap_row makes of it, slope = 1 - tanh(scale x / cap)^2.
 FLASH_ATTN_INLINE void softcap_slope_row(float* x, float* slope, int64_t n, float scale, float softcap_log2) {
+  const float inverse = 1.0f / softcap_log2;
   for (int64_t j = 0; j < n; j += W) {
-    const vf t = tanh(load(x + j) * scale);
-    store(slope + j, 1.0f - t * t);
-    store(x + j, t * softcap_log2);
+    const Capped capped = cap_score(load(x + j) * scale, softcap_log2, inverse);
+    store(slope + j, 1.0f - capped.t * capped.t);
+    store(x + j, capped.score);
   }
 }
 

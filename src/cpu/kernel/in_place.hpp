@@ -16,8 +16,8 @@
 
 namespace flash_attn::cpu::FLASH_ATTN_ISA {
 
-inline constexpr int64_t kInPlaceBlock = 256;
-inline constexpr int64_t kInPlaceLds = kInPlaceBlock + W;
+inline constexpr int64_t kInPlaceScoreKeys = 256;
+inline constexpr int64_t kInPlaceLds = kInPlaceScoreKeys + W;
 inline constexpr int64_t kStep = 16;
 
 /// Two vectors of columns from column c of a row, in fp32. Those of bf16 are the even columns and the odd ones, which
@@ -213,11 +213,11 @@ __attribute__((noinline)) void attend_in_place(const AttendTask* tasks, int64_t 
   const AttendTask& any = tasks[0];  // what all have in common: rows, sizes, what they see
   const int64_t k_bytes = any.headdim * bytes_of(kType), v_bytes = any.headdim_v * bytes_of(kType);
   for (int64_t h = 0; h < heads; ++h) pair_columns<kType>(tasks[h].o, any.rows * any.headdim_v);
-  for (int64_t block = 0; block < any.keys; block += kInPlaceBlock) {
-    const int64_t block_end = block + kInPlaceBlock < any.keys ? block + kInPlaceBlock : any.keys;
+  for (int64_t block = 0; block < any.keys; block += kInPlaceScoreKeys) {
+    const int64_t block_end = block + kInPlaceScoreKeys < any.keys ? block + kInPlaceScoreKeys : any.keys;
     const auto [first, last, partial] = seen_by<kPanel, 1>(any.lo, any.hi, any.rows, block, block_end);
     if (last <= first) continue;
-    const int64_t n = last - first, padded = (n + W - 1) / W * W;
+    const int64_t n = last - first, padded = pad_to(n, W);
     const char *const *const k_rows = keys.k.row + first, *const *const v_rows = keys.v.row + first;
     const auto k = [&](int64_t h, int64_t j) { return HeadRows{k_rows + j, h * keys.k_head}; };
     const auto v = [&](int64_t h, int64_t j) { return HeadRows{v_rows + j, h * keys.v_head}; };
@@ -233,8 +233,8 @@ __attribute__((noinline)) void attend_in_place(const AttendTask* tasks, int64_t 
     }
     // Columns beyond n are hidden as keys that no row sees are: the last key is the last of the sequence.
     for (int64_t h = 0; h < heads; ++h)
-      softmax_group<kDrops, kInPlaceBlock>(tasks[h], 0, any.rows, s(h), kInPlaceLds, first, padded,
-                                           partial || padded != n, row_scale(h) + kInPlaceRows, row_scale(h));
+      softmax_rows<kDrops, kInPlaceScoreKeys>(tasks[h], 0, any.rows, s(h), kInPlaceLds, first, padded,
+                                              partial || padded != n, row_scale(h) + kInPlaceRows, row_scale(h));
     for (int64_t j = 0; j < n && !partial; j += kStep) {
       const int64_t count = n - j < kStep ? n - j : kStep;
       for (int64_t h = 0; h < heads; ++h) {
@@ -261,9 +261,9 @@ inline void attend_any_in_place(const AttendTask* tasks, int64_t heads, const Ke
   return attend_in_place<DType::f16>(tasks, heads, keys);
 }
 
-inline bool pack_q_in_place(const RowList& rows, float sign, char* to) {
+inline bool pack_q_in_place(const RowList& rows, float factor, char* to) {
   auto* const q = reinterpret_cast<float*>(to);
-  const bool special = load_rows(rows, sign, q, rows.cols);
+  const bool special = load_rows(rows, factor, q, rows.cols);
   if (rows.dtype == DType::bf16) pair_columns<DType::bf16>(q, rows.rows * rows.cols);
   return special;
 }
@@ -271,8 +271,8 @@ inline bool pack_q_in_place(const RowList& rows, float sign, char* to) {
 inline constexpr AttendKernel kAttendInPlace = {
     .name = "fp32 where the keys lie",
     .panel = kPanel,
-    .group = 4,
-    .block = kInPlaceBlock,
+    .tile_rows = 4,
+    .tile_keys = kInPlaceScoreKeys,
     .scratch = (kInPlaceRows * (kInPlaceLds + 2) + 15) / 16 * 64,
     .q_bytes = attend_q_bytes,
     .k_bytes = nullptr,

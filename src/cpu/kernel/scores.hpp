@@ -4,9 +4,19 @@ namespace flash_attn::cpu::FLASH_ATTN_ISA {
 
 inline constexpr float kInfinity = __builtin_inff();
 
+/// A score under a cap (log2 units), and t = tanh(score / cap). Far below the cap t is that ratio, and the score stays
+/// what it is: with a cap of 2e38 the ratio of most scores would be denormal, of few digits.
+struct Capped {
+  vf score, t;
+};
+FLASH_ATTN_INLINE Capped cap_score(vf score, float cap, float inverse_cap) {
+  const vf ratio = score * inverse_cap, t = tanh(ratio);
+  return {abs(ratio) < all(0x1p-13f) ? score : t * cap, t};  // 1 - t^2 / 3 is 1 there
+}
 /// s[0, n) are the raw products of keys [first, first + n), n a multiple of W.
 FLASH_ATTN_INLINE void softcap_row(float* s, int64_t n, float scale, float softcap_log2) {
-  for (int64_t j = 0; j < n; j += W) store(s + j, tanh(load(s + j) * scale) * softcap_log2);
+  const float inverse = 1.0f / softcap_log2;
+  for (int64_t j = 0; j < n; j += W) store(s + j, cap_score(load(s + j) * scale, softcap_log2, inverse).score);
 }
 
 /// scale s - slope |position - key|: the distance is exact in fp32 below 2^24.
@@ -18,7 +28,7 @@ FLASH_ATTN_INLINE void alibi_row(float* s, int64_t n, float scale, float slope_l
 
 /// b log2(e). A finite b stays finite: masks are often the lowest finite number, and -inf would hide what they do not.
 FLASH_ATTN_INLINE vf bias_log2(vf b) {
-  const vf x = b * 1.44269504f, most = all(__FLT_MAX__);
+  const vf x = b * static_cast<float>(kLog2e), most = all(__FLT_MAX__);
   const vf not_above = x > most ? most : x, bounded = not_above < -most ? -most : not_above;
   return abs(b) == all(kInfinity) ? b : bounded;
 }
@@ -64,9 +74,9 @@ FLASH_ATTN_INLINE float score_row(const AttendTask& t, int64_t r, float* s, int6
   return scale;
 }
 
-/// What a group of rows sees of the keys [block, block_end): computes [first, last) (multiples of kFront and kBack),
-/// and whether that holds keys that some row does not see. Rows may come from several heads: no order of lo and hi is
-/// assumed.
+/// What the rows of a score tile see of the keys [block, block_end): computes [first, last) (multiples of kFront and
+/// kBack), and whether that holds keys that some row does not see. Rows may come from several heads: no order of lo and
+/// hi is assumed.
 struct Seen {
   int64_t first, last;
   bool partial;

@@ -1,8 +1,8 @@
 // The online softmax (Milakov & Gimelshein 2018), in whatever precision the caller stores p.
 //
-// Two steps: first all rows of a group raise their maxima, then each takes its exponentials. A row's exponentials would
-// otherwise wait for a reduction across its lanes and a 2^t, about 60 cycles; and W rows together reduce by a transpose
-// and share one 2^t.
+// Two steps: first all rows of a score tile raise their maxima, then each takes its exponentials. A row's exponentials
+// would otherwise wait for a reduction across its lanes and a 2^t, about 60 cycles; and W rows together reduce by a
+// transpose and share one 2^t.
 //
 // Per vector of scores: a load and a maximum; then one multiply-add, 2^t (10 operations), one addition, and emit.
 

@@ -24,6 +24,35 @@ inline constexpr int kPanel = kPanelVectors * W;
 
 constexpr int full_rows(int nr) { return kRegisters == 32 ? (nr == 4 ? 6 : nr == 3 ? 8 : 12) : (nr == 2 ? 6 : 12); }
 
+/// Asks L2 for what is needed after this task (kernels.hpp), some lines a turn. Turns stand between products, about as
+/// often as their number says; what they leave is asked for at the end.
+///
+/// A core has some 16 lines under way at once, and memory takes 100 ns and more to answer: 3 times 32 rows of 256
+/// bytes, all asked for at once, would be waited for as long as if they were read. Between products the wait costs
+/// nothing.
+class Asker {
+ public:
+  Asker(const Ahead* run, int64_t runs, int64_t turns) : run_(run), end_(run + runs) {
+    for (const Ahead* x = run; x != end_; ++x) lines_ += x->rows * ((x->bytes + 63) / 64);
+    lines_ = (lines_ + turns - 1) / (turns > 0 ? turns : 1);
+  }
+  __attribute__((noinline)) void turn() { ask(lines_); }
+  void finish() { ask(INT64_MAX); }
+
+ private:
+  void ask(int64_t lines) {
+    for (; lines > 0 && run_ != end_; --lines) {
+      __builtin_prefetch(run_->first + row_ * run_->step + at_, 0, 2);
+      if ((at_ += 64) < run_->bytes) continue;
+      at_ = 0;
+      if (++row_ >= run_->rows) row_ = 0, ++run_;
+    }
+  }
+
+  const Ahead *run_, *end_;
+  int64_t row_ = 0, at_ = 0, lines_ = 0;
+};
+
 /// A: element (r, k) at a[r * row_stride + k * k_stride].  B: row k at b + k * ldb.  C: row r at c + r * ldc.
 struct Gemm {
   const float* a;
@@ -33,6 +62,7 @@ struct Gemm {
   float* c;
   int64_t ldc;
   int64_t k;
+  Asker* asker = nullptr;  // gets a turn before each tile
 };
 
 /// What happens to C: written, added to, or first scaled per row (an online softmax's old sum) and then added to.
@@ -71,6 +101,7 @@ FLASH_ATTN_INLINE void tile(const Gemm& g, const float* row_scale) {
 /// One tile of MR rows; then what is left of C, A and the scales begins after them.
 template <int MR, int NR, Into kInto>
 FLASH_ATTN_INLINE void tile_step(Gemm& g, int64_t& rows, const float*& row_scale) {
+  if (g.asker) g.asker->turn();
   tile<MR, NR, kInto>(g, row_scale);
   g.a += MR * g.a_row, g.c += MR * g.ldc, rows -= MR;
   if constexpr (kInto == Into::scale_add) row_scale += MR;

@@ -75,6 +75,8 @@ const std::vector<Row<Forward>> kForward = {
   {"chunk_negative", fixed_call, [](F& c, S&) { c.scores.attention_chunk = -1; }, kInvalid, {"attention_chunk: expected >= 0"}},
   {"softcap_negative", fixed_call, [](F& c, S&) { c.scores.softcap = -1.0; }, kInvalid, {"softcap: expected a finite number >= 0"}},
   {"softcap_nan", fixed_call, [](F& c, S&) { c.scores.softcap = NAN; }, kInvalid, {"softcap: expected a finite number", "nan"}},
+  {"softcap_beyond_fp32", fixed_call, [](F& c, S&) { c.scores.softcap = 3.5e38; }, kInvalid, {"softcap: expected a finite number >= 0 that float32 holds", "3.5e+38"}},
+  {"scale_beyond_fp32", fixed_call, [](F& c, S&) { c.scores.softmax_scale = -1e39; }, kInvalid, {"softmax_scale: expected a finite number that float32 holds", "-1e+39"}},
   {"scale_inf", fixed_call, [](F& c, S&) { c.scores.softmax_scale = INFINITY; }, kInvalid, {"softmax_scale: expected a finite number", "inf"}},
   {"scale_nan", fixed_call, [](F& c, S&) { c.scores.softmax_scale = NAN; }, kInvalid, {"softmax_scale: expected a finite number", "nan"}},
   {"dropout_1", fixed_call, [](F& c, S&) { c.dropout.p = 1.0; }, kInvalid, {"dropout_p: expected 0 <= p < 1"}},

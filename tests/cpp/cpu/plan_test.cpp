@@ -25,7 +25,7 @@ TEST(Plan, AttendRangesCoverEveryRowOnce) {
     for (int64_t group : {1, 3, 8, 500})
       for (int64_t longest : {1, 5, 24, 96, 97, 191, 192, 193, 1000, 3000}) {
         const cpu::Plan plan = cpu::make_plan(fixed(2, 3 * group, 3, longest, 777, 64), kernel, k.width, workers);
-        EXPECT_EQ(plan.rows % kernel.group, 0);
+        EXPECT_EQ(plan.rows % kernel.tile_rows, 0);
         if (plan.own_keys) {
           EXPECT_GE(plan.rows, group * longest);
           continue;
@@ -36,7 +36,7 @@ TEST(Plan, AttendRangesCoverEveryRowOnce) {
             EXPECT_LE(r.rows, plan.rows);
             // Whole heads, or groups of rows that are the same for any task size.
             const int64_t query = r.first % seqlen_q;
-            EXPECT_TRUE(r.rows % seqlen_q == 0 || (query % kernel.group == 0 && query + r.rows <= seqlen_q));
+            EXPECT_TRUE(r.rows % seqlen_q == 0 || (query % kernel.tile_rows == 0 && query + r.rows <= seqlen_q));
             for (int64_t i = r.first; i < r.first + r.rows; ++i) ++seen.at(static_cast<std::size_t>(i));
           }
           for (const int times : seen) EXPECT_EQ(times, 1);
@@ -86,7 +86,7 @@ TEST(Plan, FewRowsOwnTheirKeys) {
   const cpu::Plan one = cpu::make_plan(p, kernel, k.width, 2);
   EXPECT_TRUE(one.own_keys);
   EXPECT_GE(one.splits, 16);  // one head must do for many workers
-  EXPECT_FALSE(one.tiny);
+  EXPECT_GT(one.workers, 1);
   expect_splits_cover(one, p);
   EXPECT_EQ(one.keys_per_split % kernel.panel, 0);
   EXPECT_EQ(one.pack_keys % kernel.panel, 0);
@@ -98,7 +98,7 @@ TEST(Plan, FewRowsOwnTheirKeys) {
   p.max_seqlen_q = 1000;
   EXPECT_FALSE(cpu::make_plan(p, kernel, k.width, 2).own_keys);
   p.batch = 1, p.max_seqlen_q = p.max_seqlen_k = 16;
-  EXPECT_TRUE(cpu::make_plan(p, kernel, k.width, 2).tiny);
+  EXPECT_EQ(cpu::make_plan(p, kernel, k.width, 2).workers, 1);
 }
 
 TEST(Plan, HeadsShareATaskAndKeysAreSplit) {
@@ -112,7 +112,6 @@ TEST(Plan, HeadsShareATaskAndKeysAreSplit) {
   EXPECT_EQ(one.heads_per_task, 8);
   EXPECT_GE(one.splits, 32);
   expect_splits_cover(one, p);
-  EXPECT_EQ(one.pack_bytes, 0);
   p.batch = 64;
   const cpu::Plan many = cpu::make_plan(p, kernel, k.width, 2);
   EXPECT_EQ(many.splits, 1);
@@ -142,7 +141,7 @@ TEST(Plan, FewHeadsOfTheBackwardAreSplit) {
   const cpu::BackwardPlan one = cpu::make_backward_plan(p, k, *k.backward_f32, 1);
   EXPECT_GT(one.splits, 1);
   EXPECT_GE(one.splits * one.keys_per_split, p.max_seqlen_k);
-  EXPECT_EQ(one.keys_per_split % k.backward_f32->block, 0);
+  EXPECT_EQ(one.keys_per_split % k.backward_f32->tile_keys, 0);
   p.nheads = p.nheads_k = 64;
   EXPECT_EQ(cpu::make_backward_plan(p, k, *k.backward_f32, 1).splits, 1);
 }
