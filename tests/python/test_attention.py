@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from flash_attn import backend, flash_attn_func, flash_attn_kvpacked_func, flash_attn_qkvpacked_func
+from flash_attn import backend
 from support.compare import assert_as_exact, cancelling_terms, largest
+from support.device import BACKENDS, cpu_only, flash_attn_func, flash_attn_kvpacked_func, flash_attn_qkvpacked_func
 from support.formula import attention
 
+pytestmark = pytest.mark.device
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-BACKENDS = ["cpu", "reference"]
 
 # (batch, seqlen_q, seqlen_k, nheads, nheads_k, headdim), options
 BASE = (2, 37, 53, 4, 2, 40)
@@ -246,6 +247,7 @@ def test_nan_reaches_what_depends_on_it_and_nothing_else(engine):
     assert torch.equal(out[0].isnan().all(-1), expected) and torch.equal(out[0].isnan().any(-1), expected)
 
 
+@cpu_only("number of threads")
 def test_repeats_bit_for_bit_for_any_number_of_threads():
     from flash_attn import num_threads, set_num_threads
 

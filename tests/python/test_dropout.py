@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from flash_attn import backend, flash_attn_func, flash_attn_varlen_func
+from flash_attn import backend
 from flash_attn import flash_attn_interface as interface
+from support.device import BACKENDS, flash_attn_func, flash_attn_varlen_func, on_device
+
+pytestmark = pytest.mark.device
 
 
-@pytest.fixture(autouse=True, params=["cpu", "reference"])
+@pytest.fixture(autouse=True, params=BACKENDS)
 def _on_each_backend(request):
     with backend(request.param):
         yield
@@ -30,10 +33,9 @@ def test_manual_seed_repeats_the_mask():
 
 def test_what_is_kept_is_scaled_and_the_lse_is_not_touched():
     q, k, v = inputs()
-    dropped, lse, _, rng_state = interface._flash_attn_forward(
-        q, k, torch.ones_like(v), 0.25, 0.25, False, -1, -1, 0.0, None, False
-    )
-    _, lse_of_all, *_ = interface._flash_attn_forward(q, k, v, 0.0, 0.25, False, -1, -1, 0.0, None, False)
+    forward = on_device(interface._flash_attn_forward)
+    dropped, lse, _, rng_state = forward(q, k, torch.ones_like(v), 0.25, 0.25, False, -1, -1, 0.0, None, False)
+    _, lse_of_all, *_ = forward(q, k, v, 0.0, 0.25, False, -1, -1, 0.0, None, False)
     assert torch.equal(lse, lse_of_all) and rng_state.any()
     assert abs(dropped.mean() - 1) < 0.05  # rows sum to 1 on average, none exactly
     assert (dropped - 1).abs().min() > 0 and dropped.max() < 1 / 0.75 + 1e-6

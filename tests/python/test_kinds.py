@@ -10,8 +10,14 @@ import flash_attn
 import numpy as np
 import pytest
 import torch
-from flash_attn import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
 from flash_attn import flash_attn_interface as interface
+from support.device import (
+    flash_attn_func,
+    flash_attn_kvpacked_func,
+    flash_attn_qkvpacked_func,
+    flash_attn_varlen_func,
+    flash_attn_with_kvcache,
+)
 from torch.utils.flop_counter import FlopCounterMode
 
 CU = torch.tensor([0, 5, 5, 12], dtype=torch.int32)
@@ -105,6 +111,7 @@ LOST = {
 }
 
 
+@pytest.mark.device
 @pytest.mark.parametrize("what", LOST)
 def test_a_gradient_that_is_not_served_raises(what):
     step, words = LOST[what]
@@ -177,6 +184,7 @@ def test_compiles_what_eager_takes(what, requires_grad):
 # ---- Errors are caught as code written for the original catches them -------------------------------------------------
 
 
+@pytest.mark.device
 @pytest.mark.parametrize(
     "call, classes",
     [
@@ -211,6 +219,7 @@ def unknown_backend():
         pass
 
 
+@pytest.mark.device
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.complex64, torch.bool, torch.uint8, torch.int32])
 def test_only_what_is_served_is_suggested(dtype):
     q = torch.zeros(1, 4, 2, 16).to(dtype)
@@ -229,6 +238,7 @@ def test_unknown_keywords_are_named():
 # ---- Extensions reach every function ---------------------------------------------------------------------------------
 
 
+@pytest.mark.device
 def test_chunks():
     """A query sees keys of its own chunk only: a block-diagonal mask where lengths are equal."""
     q, k, v = (x[:, :9] for x in fixed())
@@ -239,8 +249,8 @@ def test_chunks():
         torch.testing.assert_close(out, flash_attn_func(q, k, v, attn_bias=bias))
     qkv, kv = torch.stack([k, k, v], 2), torch.stack([k, v], 2)
     want = flash_attn_func(k, k, v, attention_chunk=4)
-    assert torch.equal(flash_attn.flash_attn_qkvpacked_func(qkv, attention_chunk=4), want)
-    assert torch.equal(flash_attn.flash_attn_kvpacked_func(k, kv, attention_chunk=4), want)
+    assert torch.equal(flash_attn_qkvpacked_func(qkv, attention_chunk=4), want)
+    assert torch.equal(flash_attn_kvpacked_func(k, kv, attention_chunk=4), want)
     assert torch.equal(flash_attn_with_kvcache(k, k, v, attention_chunk=4), want)
     cu = torch.tensor([0, 9, 18], dtype=torch.int32)
     varlen = flash_attn_varlen_func(*(x.flatten(0, 1) for x in (k, k, v)), cu, cu, 9, 9, attention_chunk=4)
@@ -251,11 +261,15 @@ def test_chunks():
     wants = torch.autograd.grad(flash_attn_func(*leaves, attn_bias=bias).square().sum(), leaves)
     for a, b in zip(grads, wants, strict=True):
         torch.testing.assert_close(a, b)
-    torch.compiler.reset()
-    compiled = torch.compile(lambda *x: flash_attn_func(*x, attention_chunk=4), backend="aot_eager", fullgraph=True)
-    assert torch.equal(compiled(k, k, v), want)
     _, _, S = flash_attn_func(q, k, v, 0.5, attention_chunk=4, return_attn_probs=True)
     assert not S[:, :, :9, :9][:, :, ~same].any() and S[:, :, :9, :9][:, :, same].abs().min() > 0
+
+
+def test_chunks_compile():
+    _, k, v = fixed()
+    torch.compiler.reset()
+    compiled = torch.compile(lambda *x: flash_attn_func(*x, attention_chunk=4), backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(k, k, v), flash_attn_func(k, k, v, attention_chunk=4))
 
 
 # ---- Profilers and counters see calls --------------------------------------------------------------------------------

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import flash_attn
 import pytest
 import torch
-from flash_attn import backend, flash_attn_func, flash_attn_with_kvcache
+from flash_attn import backend
 from flash_attn._call import Scores, Sequences
 from support.compare import error
+from support.device import BACKENDS, DEVICE, cpu_only, flash_attn_func, flash_attn_with_kvcache
 from support.formula import attention
-from test_attention import BACKENDS, DTYPES
+from test_attention import DTYPES
 
+pytestmark = pytest.mark.device
 BATCH, NHEADS, NHEADS_K, HEADDIM, CAPACITY = 3, 4, 2, 32, 75
 
 
@@ -331,8 +334,16 @@ MALFORMED = {
 }
 
 
+@pytest.fixture
+def checked():
+    """Tables on a device are read on request only."""
+    flash_attn.check_tables(DEVICE != "cpu")
+    yield
+    flash_attn.check_tables(False)
+
+
 @pytest.mark.parametrize("name", MALFORMED)
-def test_malformed(name):
+def test_malformed(name, checked):
     replaced, kind, words = MALFORMED[name]
     caches = [torch.ones(BATCH, CAPACITY, NHEADS_K, HEADDIM) for _ in "kv"]
     arguments = {
@@ -355,6 +366,7 @@ def arguments_of_a_step(dtype=torch.float32):
     return cache, q, k, v, *tables(dtype, 16)
 
 
+@cpu_only("compiled graphs")
 def test_compiles():
     def step(q, k_cache, v_cache, k, v, cos, sin, used, table):
         out, lse = flash_attn_with_kvcache(
@@ -374,6 +386,7 @@ def test_compiles():
     assert torch.equal(cache.k, copies[0]) and torch.equal(cache.v, copies[1])
 
 
+@cpu_only("compiled graphs")
 def test_compiles_several_steps_over_views_of_one_tensor():
     """K and V in one tensor, written to again and again within one graph: nothing may be lost."""
 
@@ -394,6 +407,7 @@ def test_compiles_several_steps_over_views_of_one_tensor():
             assert torch.equal(a, b)
 
 
+@cpu_only("operators")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_opcheck(dtype):
     cache, q, k, v, cos, sin = arguments_of_a_step(dtype)

@@ -15,9 +15,11 @@ from dataclasses import dataclass
 from functools import partial
 
 import flash_attn
+import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support import device
 from support.compare import assert_as_exact, cancelling_terms, dot_terms, largest, score_terms
 from support.formula import attention, attention_varlen
 
@@ -137,10 +139,10 @@ def functions_of(p: Problem):
     if p.alibi:
         shape = (len(p.lengths_q), p.nheads_k * p.group)[2 - p.alibi :]
         options["alibi_slopes"] = torch.rand(shape, generator=torch.Generator().manual_seed(p.seed + 1))
-    rest, function, formula = (), flash_attn.flash_attn_func, attention
+    rest, function, formula = (), device.flash_attn_func, attention
     if p.packed:
         cu = [torch.tensor([0, *n]).cumsum(0).to(torch.int32) for n in (p.lengths_q, p.lengths_k)]
-        rest, function = (*cu, *p.longest), flash_attn.flash_attn_varlen_func
+        rest, function = (*cu, *p.longest), device.flash_attn_varlen_func
         formula = partial(attention_varlen, cu_seqlens_q=cu[0], cu_seqlens_k=cu[1])
 
     def ours(q, k, v, **extra):
@@ -181,6 +183,7 @@ def terms_of(p: Problem, inputs, dout) -> dict[str, float]:
     }
 
 
+@pytest.mark.device
 @settings(
     max_examples=EXAMPLES, deadline=None, derandomize=True, database=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
-from flash_attn import (
-    backend,
+from flash_attn import backend
+from support.compare import assert_as_exact, cancelling_terms, largest
+from support.device import (
+    BACKENDS,
+    cpu_only,
     flash_attn_func,
     flash_attn_varlen_func,
     flash_attn_varlen_kvpacked_func,
     flash_attn_varlen_qkvpacked_func,
 )
-from support.compare import assert_as_exact, cancelling_terms, largest
 from support.formula import attention_varlen
-from test_attention import BACKENDS, DTYPES, gradient_of_out, results
+from test_attention import DTYPES, gradient_of_out, results
+
+pytestmark = pytest.mark.device
 
 # lengths of the queries, of the keys, rows after the last sequence
 LENGTHS = {
@@ -114,6 +118,7 @@ def test_no_sequences_at_all():
     assert out.shape == (0, 4, 16) and lse.shape == (4, 0)
 
 
+@cpu_only("the oracle")
 def test_pages_on_the_oracle_equal_a_run_of_keys():
     """block_table: page t // page_size of each sequence, in any order."""
     page_size, of_q, of_k = 4, [3, 5], [10, 7]

@@ -1,0 +1,176 @@
+"""Who is measured. A contender is `make(cell, inputs) -> forward(q, k, v)`; where it cannot, it raises in words."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import importlib.metadata
+import importlib.util
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+
+import flash_attn
+import torch
+from cells import Cell, Inputs
+from torch.nn.functional import scaled_dot_product_attention
+
+
+class Unserved(Exception):
+    """Why a contender has no entry for a cell."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    name: str
+    make: Callable[[Cell, Inputs], Callable]
+    context: Callable[[], AbstractContextManager] = contextlib.nullcontext  # around every call
+    serves: Callable[[Cell], bool] = lambda cell: True  # silently: shapes that it is not asked for
+
+
+# ---- Ours ------------------------------------------------------------------------------------------------------------
+
+
+def _ours(cell: Cell, x: Inputs) -> Callable:
+    if cell.name == "decode":
+        return lambda q, k, v: flash_attn.flash_attn_with_kvcache(q, k, v, cache_seqlens=x.used)
+    if cell.lengths:
+        rest = (x.cu_seqlens, x.cu_seqlens, cell.seqlen_q, cell.seqlen)
+        return lambda q, k, v: flash_attn.flash_attn_varlen_func(q, k, v, *rest, causal=cell.causal)
+    return lambda q, k, v: flash_attn.flash_attn_func(q, k, v, causal=cell.causal)
+
+
+def ours(backend: str | None) -> Contender:
+    """`plus` is the automatic choice, `plus:triton` a backend by its name."""
+    return Contender(f"plus:{backend}" if backend else "plus", _ours, lambda: flash_attn.use_backend(backend))
+
+
+def chosen(cell: Cell, x: Inputs) -> str:
+    """The backend that the automatic choice takes."""
+    q, k, v = (t.detach() for t in (x.q, x.k, x.v))
+    sequences = () if x.cu_seqlens is None else (x.cu_seqlens, x.cu_seqlens, cell.seqlen_q, cell.seqlen)
+    call = flash_attn.explain(q, k, v, *sequences, causal=cell.causal, seqused_k=x.used,
+                              backward=cell.name == "backward")  # fmt: skip
+    return next((c.backend for c in call.candidates if c.chosen), "")
+
+
+# ---- PyTorch's -------------------------------------------------------------------------------------------------------
+
+
+def _sdpa(cell: Cell, x: Inputs) -> Callable:
+    if cell.lengths:
+        raise Unserved("scaled_dot_product_attention takes no cu_seqlens")
+    options = {"is_causal": cell.causal, "enable_gqa": cell.nheads != cell.nheads_k}
+
+    def forward(q, k, v):
+        return scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), **options).transpose(1, 2)
+
+    return forward
+
+
+def _torch_fa2(cell: Cell, x: Inputs) -> Callable:
+    if not cell.lengths:
+        return _sdpa(cell, x)
+    rest = (x.cu_seqlens, x.cu_seqlens, cell.seqlen_q, cell.seqlen, 0.0, cell.causal, False)
+    group = cell.nheads // cell.nheads_k
+    if group > 1:
+        raise Unserved("PyTorch's packed FlashAttention-2 has no grouped heads")
+    return lambda q, k, v: torch.ops.aten._flash_attention_forward(q, k, v, *rest)[0]
+
+
+def _kernel(name: str) -> AbstractContextManager:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    return sdpa_kernel(getattr(SDPBackend, name))
+
+
+@functools.cache
+def _flex_compiled() -> Callable:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    torch._dynamo.config.cache_size_limit = 512  # a compilation for each cell
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def _is_seen(b, h, i, j):
+    return i >= j
+
+
+def _flex(cell: Cell, x: Inputs) -> Callable:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    mask = None
+    if cell.causal:
+        mask = create_block_mask(_is_seen, None, None, cell.seqlen_q, cell.seqlen, device=x.q.device.type)
+    run = partial(_flex_compiled(), block_mask=mask, enable_gqa=cell.nheads != cell.nheads_k)
+    return lambda q, k, v: run(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2)
+
+
+def _flex_serves(cell: Cell) -> bool:
+    """Long square shapes only: each cell costs a compilation."""
+    return cell.seqlen_q == cell.seqlen == 8192 and cell.headdim < 256
+
+
+# ---- Others, where installed -----------------------------------------------------------------------------------------
+
+
+def _flag_gems(cell: Cell, x: Inputs) -> Callable:
+    flag_gems = importlib.import_module("flag_gems")
+    if cell.name == "backward":
+        if cell.lengths:
+            raise Unserved("FlagGems has no gradient of packed sequences")
+        options = {"is_causal": cell.causal, "enable_gqa": cell.nheads != cell.nheads_k}
+        sdpa = flag_gems.scaled_dot_product_attention
+        return lambda q, k, v: sdpa(*(t.transpose(1, 2) for t in (q, k, v)), **options).transpose(1, 2)
+    if cell.lengths:
+        cu = {"cu_seqlens_q": x.cu_seqlens, "cu_seqlens_k": x.cu_seqlens, "causal": cell.causal}
+        longest = {"max_seqlen_q": cell.seqlen_q, "max_seqlen_k": cell.seqlen}
+        return lambda q, k, v: flag_gems.flash_attn_varlen_func(q, k, v, **cu, **longest)
+    dense = importlib.import_module("flag_gems.ops.attention").flash_attention_forward
+    rest = (None, None, cell.seqlen_q, cell.seqlen, 0.0, cell.causal, False)
+    return lambda q, k, v: dense(q, k, v, *rest, scale=cell.headdim**-0.5)[0]
+
+
+def _first(result):
+    return result[0] if isinstance(result, tuple) else result
+
+
+def _fa4(cell: Cell, x: Inputs) -> Callable:
+    cute = importlib.import_module("flash_attn.cute")
+    if cell.lengths:
+        rest = {"cu_seqlens_q": x.cu_seqlens, "cu_seqlens_k": x.cu_seqlens, "causal": cell.causal}
+        return lambda q, k, v: _first(cute.flash_attn_varlen_func(q, k, v, **rest))
+    return lambda q, k, v: _first(cute.flash_attn_func(q, k, v, causal=cell.causal))
+
+
+PEERS = (
+    Contender("torch_fa2", _torch_fa2, lambda: _kernel("FLASH_ATTENTION")),
+    Contender("torch_cudnn", _sdpa, lambda: _kernel("CUDNN_ATTENTION")),
+    Contender("torch_flex", _flex, serves=_flex_serves),
+    Contender("flaggems", _flag_gems),
+    Contender("fa4", _fa4),
+)
+
+
+def absent(name: str, device: str) -> str:
+    """Why a peer cannot run here at all; empty if it may."""
+    if device == "cpu" and name != "torch_fa2":  # PyTorch's FlashAttention has a CPU kernel
+        return "needs an accelerator"
+    for peer, module in (("flaggems", "flag_gems"), ("fa4", "flash_attn.cute")):
+        if name == peer:
+            try:
+                if importlib.util.find_spec(module) is None:
+                    return f"{module} is not installed"
+            except ImportError as e:
+                return str(e)
+    return ""
+
+
+def versions() -> dict[str, str]:
+    found = {}
+    for name in ("torch", "triton", "flash-attention-plus", "flag-gems", "flash-attn-4"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found | {"torch": torch.__version__, "cuda": torch.version.cuda, "flash_attn": flash_attn.__plus_version__}
