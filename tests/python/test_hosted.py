@@ -327,3 +327,20 @@ def test_tables_of_a_device_are_checked_once_copied(change, words):
     check(good)
     with pytest.raises(ValueError, match=words):
         check({**good, **change})
+
+
+@pytest.mark.parametrize("device_type", [CUDA, METAL])
+def test_checking_tables_asks_nothing_of_where_tensors_lie(device_type):
+    """Metal's handles are no addresses: those of two tensors stand closer together than the tensors are long, and
+    slices of one tensor share theirs."""
+    q, out, dout, dq, dk = (OnDevice(torch.zeros(10, 4, 16), device_type) for _ in range(5))
+    lse = OnDevice(torch.zeros(4, 10), device_type)
+    if device_type == METAL:
+        for i, x in enumerate((out, dout, lse, dq, dk)):
+            x._managed.data = q._managed.data + 64 * min(i, 3)
+    cu = torch.tensor([0, 5, 10], dtype=torch.int32)
+    call = groups(cu_seqlens_q=cu, cu_seqlens_k=cu)
+    _C.check_forward(q, q, q, out, lse, *call)
+    _C.check_backward(
+        dout, q, q, q, out, lse, dq, dk, OnDevice(torch.zeros(10, 4, 16), device_type), None, None, None, *call
+    )
