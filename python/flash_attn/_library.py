@@ -26,6 +26,7 @@ _KINDS = {
     bool: "bool",
 }
 _below_autograd = torch._C._after_autograd_keyset
+_below_views = torch._C._after_ADInplaceOrView_keyset
 
 
 def declare(group, *, without=(), required=False) -> str:
@@ -54,6 +55,8 @@ def define(schema: str, function, fake, flops) -> None:
     names = [a.name for a in arguments]
     defaults = {a.name: a.default_value for a in arguments if a.has_default_value()}
     tensors_at = [i for i, a in enumerate(arguments) if "Tensor" in str(a.type)]
+    written_at = [i for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write]
+    no_derivative = f"flash_attn::{name} has no derivative: call flash_attn's functions"
 
     def by_name(values, keywords) -> dict:
         call = defaults.copy()
@@ -72,14 +75,21 @@ def define(schema: str, function, fake, flops) -> None:
         if inputs:
             with torch.no_grad():
                 results = operator.redispatch(keys & _below_autograd, *values, **keywords)
-            return refuse_gradient(
-                f"flash_attn::{name} has no derivative: call flash_attn's functions", results, inputs
-            )
-        if is_plain(*tensors):
+            return refuse_gradient(no_derivative, results, inputs)
+        if not written_at and is_plain(*tensors):
             return run(*values, **keywords)
         return operator.redispatch(keys & _below_autograd, *values, **keywords)
 
+    def note_writes(keys, *values, **keywords):
+        """Autograd must know if it has saved one of the tensors that are written to."""
+        for i in written_at:
+            if not values[i].is_inference():
+                torch.autograd.graph.increment_version(values[i])
+        return operator.redispatch(keys & _below_views, *values, **keywords)
+
     _library.impl(name, run, "CompositeExplicitAutograd")
     _library.impl(name, run_in_autograd, "Autograd", with_keyset=True)
+    if written_at:
+        _library.impl(name, note_writes, "ADInplaceOrView", with_keyset=True)
     torch.library.register_fake(f"flash_attn::{name}", run_fake, lib=_library)
     _flops.register(getattr(torch.ops.flash_attn, name), names, flops)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 
 import flash_attn
@@ -136,6 +137,44 @@ def test_an_operator_computes_while_it_is_not_differentiated():
     q, k, v = fixed(requires_grad=True)
     out, *_ = torch.ops.flash_attn._flash_attn_forward(q, k, v, 0.0, 0.25, True, -1, -1, 0.0, None, False)
     assert torch.equal(out, flash_attn_func(q, k, v, softmax_scale=0.25, causal=True))
+
+
+# ---- Autograd sees every write to a tensor that it has saved ---------------------------------------------------------
+
+
+def write_cache(k_cache):
+    q, new = torch.randn(2, 1, 4, 16), torch.randn(2, 1, 2, 16)
+    flash_attn_with_kvcache(q, k_cache, torch.zeros_like(k_cache), new, new, cache_seqlens=3)
+
+
+def write_gradient(dk):
+    q, k, v = fixed()
+    scores = (0.0, 0.25, True, -1, -1, 0.0, None)
+    out, lse, *_ = torch.ops.flash_attn._flash_attn_forward(q, k, v, *scores, False)
+    results = torch.empty_like(q), dk, torch.empty_like(v)
+    torch.ops.flash_attn._flash_attn_backward(out, q, k, v, out, lse, *results, *scores, False)
+
+
+MODES = {
+    "eager": lambda: [],
+    "a dispatch mode": lambda: [FlopCounterMode(display=False)],
+    "inference": lambda: [torch.inference_mode()],
+    "both": lambda: [torch.inference_mode(), FlopCounterMode(display=False)],
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("write", [write_cache, write_gradient])
+def test_autograd_sees_writes(write, mode):
+    saved = torch.zeros(2, 11, 2, 16)
+    loss = (saved * torch.ones_like(saved).requires_grad_()).sum()
+    with contextlib.ExitStack() as stack:
+        for context in MODES[mode]():
+            stack.enter_context(context)
+        write(saved)
+    assert saved.abs().sum() > 0
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
 
 
 # ---- torch.compile takes what eager takes ----------------------------------------------------------------------------
