@@ -10,8 +10,10 @@ import typing
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from flash_attn import _flops
+from flash_attn._errors import NotServed
 from flash_attn._refusal import refuse_gradient
 from flash_attn._tensors import is_plain
 
@@ -71,6 +73,8 @@ def define(schema: str, function, fake, flops) -> None:
 
     def run_in_autograd(keys, *values, **keywords):
         tensors = [values[i] for i in tensors_at if i < len(values) and values[i] is not None]
+        if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+            raise NotServed(no_derivative)
         inputs = [x for x in tensors if x.requires_grad] if torch.is_grad_enabled() else ()
         if inputs:
             with torch.no_grad():

@@ -90,6 +90,16 @@ def of_an_operator():
     out.sum().backward()
 
 
+def tangent_of(function):
+    with torch.autograd.forward_ad.dual_level():
+        q, k, v = fixed()
+        function(torch.autograd.forward_ad.make_dual(q, q), k, v)
+
+
+def forward_operator(q, k, v):
+    torch.ops.flash_attn._flash_attn_forward(q, k, v, 0.0, 0.25, True, -1, -1, 0.0, None, False)
+
+
 LOST = {
     "loss = out.sum()": (lambda: second_derivatives(torch.sum), "second derivatives"),
     "loss = out.square().sum()": (lambda: second_derivatives(lambda out: out.square().sum()), "second derivatives"),
@@ -101,6 +111,9 @@ LOST = {
     "pages": (of_pages, "block_table"),
     **{f"a cache's {x}": (lambda x=x: of_a_cache(x), "no derivative") for x in ("q", "k_cache", "v_cache", "k", "v")},
     "an operator": (of_an_operator, "no derivative"),
+    "a tangent": (lambda: tangent_of(flash_attn_func), "jvp"),
+    "a tangent, with a cache": (lambda: tangent_of(flash_attn_with_kvcache), "no derivative"),
+    "a tangent, of an operator": (lambda: tangent_of(forward_operator), "no derivative"),
 }
 
 
@@ -108,7 +121,7 @@ LOST = {
 def test_a_gradient_that_is_not_served_raises(what):
     step, words = LOST[what]
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # autograd's way to lose a gradient is a warning
+        warnings.simplefilter("error", UserWarning)  # autograd's way to lose a gradient is a warning
         with pytest.raises(RuntimeError, match=words):
             step()
 
