@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.profiler import record_function
 
 from flash_attn import _run
-from flash_attn._backend import current
+from flash_attn._backend import current, use_backend
 from flash_attn._call import NO_DROPOUT, Dropout, Run, Scores, Sequences, check_tensors
 from flash_attn._errors import InvalidArgument, InvalidType, NotServed
 from flash_attn._refusal import refuse_gradient
@@ -173,7 +173,7 @@ class Attention(torch.autograd.Function):
             ctx.run = Run(named, backend, deterministic)
         else:
             out, lse, S_dmask, rng_state = _operator(q, k, v, sequences, scores, dropout_p, return_attn_probs)
-            ctx.run = Run(None, None, deterministic)
+            ctx.run = Run(None if torch.compiler.is_compiling() else current(), None, deterministic)
         if needs_grad:
             ctx.save_for_backward(q, k, v, out, lse, rng_state if dropout_p != 0.0 else None, *_tensors(sequences),
                                   *_tensors(scores))  # fmt: skip
@@ -205,7 +205,12 @@ class Attention(torch.autograd.Function):
                 words = "second derivatives of attention are not served"
                 results = refuse_gradient(words, results, (dout, dlse, q, k, v, *scores))
         else:
-            results = _ops._flash_attn_gradients(*call, *sequences, *scores, *dropout, ctx.run.deterministic, *wants)
+            call = (*call, *sequences, *scores, *dropout, ctx.run.deterministic, *wants)
+            if ctx.run.backend is None:
+                results = _ops._flash_attn_gradients(*call)
+            else:  # an operator has no argument for it
+                with use_backend(ctx.run.backend):
+                    results = _ops._flash_attn_gradients(*call)
         of_scores = [None] * len(_SCORES)
         extras = list(results[ctx.n :])
         for i in _WANTED:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import flash_attn
 import pytest
 import torch
@@ -9,6 +11,7 @@ from flash_attn import _C
 from support.device_tensors import CUDA, HEXAGON, METAL, ROCM, XPU, OnDevice
 from support.formula import attention
 from support.groups import groups
+from torch.utils.flop_counter import FlopCounterMode
 
 
 class Toy:
@@ -110,6 +113,28 @@ def test_differentiates(toy):
     want = torch.autograd.grad(flash_attn.flash_attn_func(*leaves, causal=True).square().sum(), leaves)
     for a, b in zip(grads, want, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("watched", ["forward", "backward"])
+def test_runs_both_passes_also_where_a_mode_watches_one(watched):
+    class Flat(Toy):
+        """Its gradients are 0: under a mode there is no autograd for them."""
+
+        def backward(self, p, t):
+            self.calls.append(p)
+            for x in (t.dq, t.dk, t.dv):
+                x.zero_()
+
+    def context(of):
+        return FlopCounterMode(display=False) if of == watched else contextlib.nullcontext()
+
+    leaves = inputs(requires_grad=True)
+    for flat in registered("flat", Flat()):
+        with flash_attn.use_backend("flat"), context("forward"):
+            out = flash_attn.flash_attn_func(*leaves, causal=True)
+        with context("backward"):
+            out.sum().backward()
+        assert [p.is_backward for p in flat.calls] == [False, True]
 
 
 def test_is_chosen_by_itself_only_where_it_is_preferred(toy):
