@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import sys
+import threading
 
 import flash_attn
 import pytest
@@ -229,8 +231,6 @@ def test_engines_are_imported_when_they_are_needed(tmp_path, monkeypatch):
     (tmp_path / "lazy_engine.py").write_text("from test_hosted import Toy\nmade = 0\nclass Engine(Toy):\n    pass\n")
     (tmp_path / "broken_engine.py").write_text("raise OSError('no driver')\n")
     monkeypatch.syspath_prepend(tmp_path)
-    import sys
-
     q, k, v = inputs()
     for _ in registered("lazy", "lazy_engine:Engine", before="cpu"):
         assert "lazy_engine" not in sys.modules
@@ -253,15 +253,52 @@ def test_engines_are_imported_when_they_are_needed(tmp_path, monkeypatch):
         ({"serves": ("speed",)}, "serves: expected features among"),
         ({"before": "nobody"}, "before: expected one of"),
         ({"name": "cpu"}, "registered already"),
+        ({"devices": "cpu"}, "devices: expected several names"),
+        ({"engine": "some.module"}, "engine: expected an object, or"),
+        ({"headdim_multiple": 0}, "headdim_multiple: expected at least 1, got 0"),
+        ({"max_headdim": -1}, "max_headdim: expected at least 0"),
     ],
     ids=str,
 )
 def test_malformed_registrations(wrong, words):
     settings = {"devices": ("cpu",), "dtypes": ("float32",), "serves": SERVES, **wrong}
     with pytest.raises(ValueError, match=words):
-        flash_attn.register_backend(settings.pop("name", "wrong"), Toy(), **settings)
+        flash_attn.register_backend(settings.pop("name", "wrong"), settings.pop("engine", Toy()), **settings)
     assert "wrong" not in [b.name for b in flash_attn.backends()]
     flash_attn.flash_attn_func(*inputs())
+
+
+def test_calls_go_on_while_backends_come_and_go():
+    class Idle:
+        def forward(self, p, t):
+            t.out.zero_()
+
+    q, k, v = inputs()
+    failures, over = [], threading.Event()
+
+    def call():
+        try:
+            while not over.is_set():
+                flash_attn.flash_attn_func(q, k, v)
+                flash_attn.explain(q, k, v)
+        except Exception as e:
+            failures.append(e)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    threads = [threading.Thread(target=call) for _ in range(3)]
+    try:
+        for thread in threads:
+            thread.start()
+        for _ in range(1000):
+            for _ in registered("fleeting", Idle(), before="cpu"):
+                pass
+    finally:
+        over.set()
+        for thread in threads:
+            thread.join()
+        sys.setswitchinterval(interval)
+    assert not failures
 
 
 def test_under_compile(toy):
