@@ -7,6 +7,7 @@
 #include <nanobind/stl/vector.h>
 
 #include <array>
+#include <initializer_list>
 #include <new>
 #include <string>
 #include <vector>
@@ -158,23 +159,31 @@ nb::tuple py_explain_backward(nb::handle dout, nb::handle q, nb::handle k, nb::h
       veto);
 }
 
-void on_cpu(Forward& call) {
-  for (Tensor* t : {&call.q, &call.k, &call.v, &call.out, &call.lse, &call.new_keys.k, &call.new_keys.v,
-                    &call.rotary.cos, &call.rotary.sin})
+/// Says that tensors lie on the CPU, each in memory of its own: a device's handles (Metal) are no addresses, and side
+/// by side they would look like tensors that overlap.
+void on_cpu(std::initializer_list<Tensor*> tensors) {
+  constexpr uintptr_t kApart = uintptr_t{1} << 56;  // more than any tensor spans
+  uintptr_t place = kApart;
+  for (Tensor* t : tensors) {
     t->device = {};
+    t->data = reinterpret_cast<void*>(place);
+    place += kApart;
+  }
+}
+void on_cpu(Forward& call) {
+  on_cpu({&call.q, &call.k, &call.v, &call.out, &call.lse, &call.new_keys.k, &call.new_keys.v, &call.rotary.cos,
+          &call.rotary.sin, &call.scores.alibi_slopes, &call.scores.bias, &call.scores.sink});
 }
 void on_cpu(Backward& call) {
-  for (Tensor* t : {&call.q, &call.k, &call.v, &call.out, &call.lse, &call.dout, &call.dq, &call.dk, &call.dv,
-                    &call.dlse, &call.dbias, &call.dsink})
-    t->device = {};
+  on_cpu({&call.q, &call.k, &call.v, &call.out, &call.lse, &call.dout, &call.dq, &call.dk, &call.dv, &call.dlse,
+          &call.dbias, &call.dsink, &call.scores.alibi_slopes, &call.scores.bias, &call.scores.sink});
 }
 
-/// Checks a call on a device whose tables were copied to the CPU, with the CPU's messages. Floating-point tensors are
-/// told to be on the CPU for the while: of a call's memory the checks read the tables only.
+/// Checks a call on a device whose tables were copied to the CPU, with the CPU's messages. Of a call's memory the
+/// checks read the tables only; where all else lies is checked by the call itself.
 template <class Call>
 void check_contents(Call& call) {
   on_cpu(call);
-  for (Tensor* t : {&call.scores.alibi_slopes, &call.scores.bias, &call.scores.sink}) t->device = {};
   call.dropout.state = {};
   make_problem(call);
 }

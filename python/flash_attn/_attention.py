@@ -14,12 +14,12 @@ from torch import Tensor
 from torch.autograd.profiler import record_function
 
 from flash_attn import _run
-from flash_attn._backend import current
+from flash_attn._backend import current, use_backend
 from flash_attn._call import NO_DROPOUT, Dropout, Run, Scores, Sequences, check_tensors
 from flash_attn._errors import InvalidArgument, InvalidType, NotServed
 from flash_attn._refusal import refuse_gradient
 from flash_attn._s_dmask import s_dmask
-from flash_attn._tensors import empty_extras, empty_gradients, empty_lse, empty_out, is_plain, nothing, unpacked
+from flash_attn._tensors import empty_extras, empty_gradients, empty_lse, empty_out, is_plain, unpacked
 
 _grad_enabled = torch.is_grad_enabled
 _profiler_enabled = torch.autograd._profiler_enabled
@@ -123,18 +123,19 @@ def draw_rng_state(q: Tensor) -> Tensor:
 
 
 def forward(q, k, v, sequences, scores, dropout_p, run, wants_lse, wants_s_dmask, rng_state=None, out=None):
-    """-> out, softmax_lse or None, S_dmask, rng_state (uninitialised without dropout), the backend's name."""
+    """-> out, softmax_lse or None, S_dmask or None (empty without dropout), rng_state or None (without dropout), the
+    backend's name."""
     if out is None:
         out = empty_out(q, v)
     lse = empty_lse(q) if wants_lse else None
     if dropout_p == 0.0:
         backend = _run.forward(q, k, v, out, lse, sequences, scores, None, run)
-        return out, lse, nothing(q), rng_state, backend
+        return out, lse, q.new_empty((0,)) if wants_s_dmask else None, rng_state, backend
     if not isinstance(dropout_p, numbers.Real):
         raise InvalidType(f"dropout_p: expected a number, got {type(dropout_p).__name__}")
     dropout = Dropout(float(dropout_p), draw_rng_state(q) if rng_state is None else rng_state)
     backend = _run.forward(q, k, v, out, lse, sequences, scores, dropout, run)
-    S_dmask = s_dmask(q, k, sequences, scores, dropout, run) if wants_s_dmask else nothing(q)
+    S_dmask = s_dmask(q, k, sequences, scores, dropout, run) if wants_s_dmask else None
     return out, lse, S_dmask, dropout.rng_state, backend
 
 
@@ -173,7 +174,7 @@ class Attention(torch.autograd.Function):
             ctx.run = Run(named, backend, deterministic)
         else:
             out, lse, S_dmask, rng_state = _operator(q, k, v, sequences, scores, dropout_p, return_attn_probs)
-            ctx.run = Run(None, None, deterministic)
+            ctx.run = Run(None if torch.compiler.is_compiling() else current(), None, deterministic)
         if needs_grad:
             ctx.save_for_backward(q, k, v, out, lse, rng_state if dropout_p != 0.0 else None, *_tensors(sequences),
                                   *_tensors(scores))  # fmt: skip
@@ -205,7 +206,12 @@ class Attention(torch.autograd.Function):
                 words = "second derivatives of attention are not served"
                 results = refuse_gradient(words, results, (dout, dlse, q, k, v, *scores))
         else:
-            results = _ops._flash_attn_gradients(*call, *sequences, *scores, *dropout, ctx.run.deterministic, *wants)
+            call = (*call, *sequences, *scores, *dropout, ctx.run.deterministic, *wants)
+            if ctx.run.backend is None:
+                results = _ops._flash_attn_gradients(*call)
+            else:  # an operator has no argument for it
+                with use_backend(ctx.run.backend):
+                    results = _ops._flash_attn_gradients(*call)
         of_scores = [None] * len(_SCORES)
         extras = list(results[ctx.n :])
         for i in _WANTED:

@@ -114,6 +114,10 @@ def register_backend(
     before      the backend that it is preferred to; None: it comes last
     words       of a refusal, by feature, instead of "softcap: not served"
     """
+    if isinstance(devices, str):
+        raise InvalidArgument(f"devices: expected several names, as ({devices!r},), got {devices!r}")
+    if isinstance(engine, str) and engine.count(":") != 1:
+        raise InvalidArgument(f'engine: expected an object, or "module:attribute", got {engine!r}')
     types = [t for d in devices for t in _DEVICE_TYPES.get(d, (_OTHERS_TYPE,))]
     missing = [module for module in needs if importlib.util.find_spec(module) is None]
     unavailable = f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed" if missing else ""
@@ -123,13 +127,11 @@ def register_backend(
         return None if served is None else (limits[0], tuple(served), *limits[1:])
 
     settings = (name, description, types, capabilities(serves), capabilities(backward), automatic)
-    _C.register_hosted(*settings, unavailable, before or "")
-    _engines.add(name, engine, settings)
+    _engines.add(name, engine, settings, unavailable, before or "")
 
 
 def unregister_backend(name: str) -> None:
     """Takes a backend written in Python out again."""
-    _C.unregister_backend(name)
     _engines.remove(name)
 
 

@@ -25,6 +25,8 @@ def _forward(q, k, v, out, sequences, scores, p_dropout, return_softmax) -> list
     out, lse, p, rng_state, _ = _attention.forward(
         q, k, v, sequences, scores, p_dropout, Run(current()), True, return_softmax, out=out
     )
+    if p is None:
+        p = q.new_empty((0,))
     return [out, lse, p, torch.empty((2,), dtype=torch.int64, device=q.device) if rng_state is None else rng_state]
 
 

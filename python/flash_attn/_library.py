@@ -10,8 +10,10 @@ import typing
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from flash_attn import _flops
+from flash_attn._errors import NotServed
 from flash_attn._refusal import refuse_gradient
 from flash_attn._tensors import is_plain
 
@@ -26,6 +28,7 @@ _KINDS = {
     bool: "bool",
 }
 _below_autograd = torch._C._after_autograd_keyset
+_below_views = torch._C._after_ADInplaceOrView_keyset
 
 
 def declare(group, *, without=(), required=False) -> str:
@@ -54,6 +57,8 @@ def define(schema: str, function, fake, flops) -> None:
     names = [a.name for a in arguments]
     defaults = {a.name: a.default_value for a in arguments if a.has_default_value()}
     tensors_at = [i for i, a in enumerate(arguments) if "Tensor" in str(a.type)]
+    written_at = [i for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write]
+    no_derivative = f"flash_attn::{name} has no derivative: call flash_attn's functions"
 
     def by_name(values, keywords) -> dict:
         call = defaults.copy()
@@ -68,18 +73,27 @@ def define(schema: str, function, fake, flops) -> None:
 
     def run_in_autograd(keys, *values, **keywords):
         tensors = [values[i] for i in tensors_at if i < len(values) and values[i] is not None]
+        if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+            raise NotServed(no_derivative)
         inputs = [x for x in tensors if x.requires_grad] if torch.is_grad_enabled() else ()
         if inputs:
             with torch.no_grad():
                 results = operator.redispatch(keys & _below_autograd, *values, **keywords)
-            return refuse_gradient(
-                f"flash_attn::{name} has no derivative: call flash_attn's functions", results, inputs
-            )
-        if is_plain(*tensors):
+            return refuse_gradient(no_derivative, results, inputs)
+        if not written_at and is_plain(*tensors):
             return run(*values, **keywords)
         return operator.redispatch(keys & _below_autograd, *values, **keywords)
 
+    def note_writes(keys, *values, **keywords):
+        """Autograd must know if it has saved one of the tensors that are written to."""
+        for i in written_at:
+            if not values[i].is_inference():
+                torch.autograd.graph.increment_version(values[i])
+        return operator.redispatch(keys & _below_views, *values, **keywords)
+
     _library.impl(name, run, "CompositeExplicitAutograd")
     _library.impl(name, run_in_autograd, "Autograd", with_keyset=True)
+    if written_at:
+        _library.impl(name, note_writes, "ADInplaceOrView", with_keyset=True)
     torch.library.register_fake(f"flash_attn::{name}", run_fake, lib=_library)
     _flops.register(getattr(torch.ops.flash_attn, name), names, flops)

@@ -52,7 +52,7 @@ def _forward(call: dict):
     if rng_state is None:  # zeros are a kernel on a device: there nobody reads them, as upstream's are not set either
         make = torch.zeros if q.device.type == "cpu" else torch.empty
         rng_state = make((2,), dtype=torch.int64, device=q.device)
-    return out, lse, S_dmask.clone() if S_dmask.numel() == 0 else S_dmask, rng_state
+    return out, lse, q.new_empty((0,)) if S_dmask is None else S_dmask, rng_state
 
 
 def _fake_forward(call: dict):

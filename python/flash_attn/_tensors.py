@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -45,16 +43,6 @@ def empty_lse(q: Tensor) -> Tensor:
     if q.dim() == 4:
         return torch.empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32, device=q.device)
     return torch.empty((q.shape[1], q.shape[0]) if q.dim() == 3 else (0,), dtype=torch.float32, device=q.device)
-
-
-@functools.lru_cache(maxsize=64)
-def _nothing(dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.empty((0,), dtype=dtype, device=device)
-
-
-def nothing(like: Tensor) -> Tensor:
-    """A tensor (0,): S_dmask without dropout, of which the functions return one and the same."""
-    return _nothing(like.dtype, like.device) if type(like) is Tensor else like.new_empty((0,))
 
 
 def unpacked(inputs: tuple) -> tuple[Tensor, Tensor, Tensor]:

@@ -41,7 +41,7 @@ class Backend {
 };
 
 /// Adds a backend, in front of the one called `before`, or behind all: those in front are preferred. Throws
-/// invalid_argument if the name is taken, or nobody is called `before`.
+/// invalid_argument if the name is taken, nobody is called `before`, or what it serves has limits that are none.
 void register_backend(std::unique_ptr<Backend> backend, std::string_view before = {});
 /// The same, but takes the place of a hosted backend of that name, if there is one.
 void replace_backend(std::unique_ptr<Backend> backend, std::string_view before = {});

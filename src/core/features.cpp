@@ -21,7 +21,7 @@ constinit const Serves kServesAll = {.dtypes = bit(DType::f16) | bit(DType::bf16
 namespace {
 
 bool lengths_vary(const SequenceTable& t) {
-  return t.cu_seqlens_q || t.cu_seqlens_k || t.seqused_q || t.seqused_k || t.leftpad_k;
+  return t.cu_seqlens_q || t.cu_seqlens_k || t.seqused_q || t.seqused_k || t.leftpad_k || t.cu_seqlens_new;
 }
 
 bool has_strided_columns(const Problem& p) {

@@ -29,6 +29,18 @@ auto find(AnyList& list, std::string_view name) {
   return std::find_if(list.begin(), list.end(), [&](const auto& backend) { return backend->name() == name; });
 }
 
+/// Capability data that choice computes with: a remainder by 0 would end the process.
+void check_serves(const Backend& backend) {
+  for (const Pass pass : {Pass::forward, Pass::backward}) {
+    const Serves* serves = backend.serves(pass);
+    if (!serves) continue;
+    if (serves->headdim_multiple < 1)
+      invalid("headdim_multiple", "expected at least 1, got " + std::to_string(serves->headdim_multiple));
+    if (serves->max_headdim < 0)
+      invalid("max_headdim", "expected at least 0, 0 for any, got " + std::to_string(serves->max_headdim));
+  }
+}
+
 class Registry {
  public:
   static Registry& instance() {
@@ -45,6 +57,7 @@ class Registry {
   void add(std::shared_ptr<const Backend> backend, std::string_view before, bool may_replace) {
     if (!backend || backend->name().empty())
       throw Error(ErrorCode::invalid_argument, "backend: expected one with a name, got none");
+    check_serves(*backend);
     const std::lock_guard lock(mutex_);
     List list = *list_;
     auto place = list.end();

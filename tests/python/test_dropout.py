@@ -129,3 +129,14 @@ def test_s_dmask_in_sixteen_bits_and_with_a_gradient():
     assert S.dtype == torch.bfloat16 and S.shape == (2, 4, 128, 128)
     out.sum().backward()
     assert v.grad.isfinite().all()
+
+
+def test_results_are_the_callers_own():
+    """S_dmask of a call without dropout too: a mode in which it was made, or what is done with it, is no later call's
+    affair."""
+    q = torch.randn(1, 4, 2, 16)
+    with torch.inference_mode():
+        flash_attn_func(q, q, q, return_attn_probs=True)[2].resize_(3)
+    S_dmask = flash_attn_func(q.requires_grad_(), q, q, return_attn_probs=True)[2]
+    assert S_dmask.shape == (0,) and not S_dmask.is_inference()
+    (S_dmask * torch.empty(0, requires_grad=True)).sum().backward()

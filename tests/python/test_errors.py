@@ -41,6 +41,8 @@ COMMON = {
     "slopes of too few heads": ({"alibi_slopes": zeros(3)}, ValueError, ["alibi_slopes", "4", "3"]),
     "slopes of three dimensions": ({"alibi_slopes": zeros((1, 2, 4))}, ValueError, ["alibi_slopes", "(1, 2, 4)"]),
     "slopes are a list": ({"alibi_slopes": [0.5] * 4}, TypeError, ["alibi_slopes", "tensor", "list"]),
+    "sink is a list": ({"learnable_sink": [0.5] * 4}, TypeError, ["learnable_sink: ", "tensor", "list"]),
+    "bias is a number": ({"attn_bias": 0.5}, TypeError, ["attn_bias: ", "tensor", "float"]),
     "sink of too many heads": ({"learnable_sink": zeros(5)}, ValueError, ["learnable_sink: ", "4", "5"]),
     "bias is a mask": ({"attn_bias": zeros((2, 4, 8, 12), torch.bool)}, TypeError, ["attn_bias: ", "bool", "where"]),
     "bias of another shape": ({"attn_bias": zeros((3, 4, 8, 12))}, ValueError, ["attn_bias: ", "(3, 4, 8, 12)"]),

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
+import threading
+
 import flash_attn
 import pytest
 import torch
@@ -9,6 +13,7 @@ from flash_attn import _C
 from support.device_tensors import CUDA, HEXAGON, METAL, ROCM, XPU, OnDevice
 from support.formula import attention
 from support.groups import groups
+from torch.utils.flop_counter import FlopCounterMode
 
 
 class Toy:
@@ -112,6 +117,28 @@ def test_differentiates(toy):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("watched", ["forward", "backward"])
+def test_runs_both_passes_also_where_a_mode_watches_one(watched):
+    class Flat(Toy):
+        """Its gradients are 0: under a mode there is no autograd for them."""
+
+        def backward(self, p, t):
+            self.calls.append(p)
+            for x in (t.dq, t.dk, t.dv):
+                x.zero_()
+
+    def context(of):
+        return FlopCounterMode(display=False) if of == watched else contextlib.nullcontext()
+
+    leaves = inputs(requires_grad=True)
+    for flat in registered("flat", Flat()):
+        with flash_attn.use_backend("flat"), context("forward"):
+            out = flash_attn.flash_attn_func(*leaves, causal=True)
+        with context("backward"):
+            out.sum().backward()
+        assert [p.is_backward for p in flat.calls] == [False, True]
+
+
 def test_is_chosen_by_itself_only_where_it_is_preferred(toy):
     q, k, v = inputs()
     flash_attn.flash_attn_func(q, k, v)
@@ -204,8 +231,6 @@ def test_engines_are_imported_when_they_are_needed(tmp_path, monkeypatch):
     (tmp_path / "lazy_engine.py").write_text("from test_hosted import Toy\nmade = 0\nclass Engine(Toy):\n    pass\n")
     (tmp_path / "broken_engine.py").write_text("raise OSError('no driver')\n")
     monkeypatch.syspath_prepend(tmp_path)
-    import sys
-
     q, k, v = inputs()
     for _ in registered("lazy", "lazy_engine:Engine", before="cpu"):
         assert "lazy_engine" not in sys.modules
@@ -228,15 +253,52 @@ def test_engines_are_imported_when_they_are_needed(tmp_path, monkeypatch):
         ({"serves": ("speed",)}, "serves: expected features among"),
         ({"before": "nobody"}, "before: expected one of"),
         ({"name": "cpu"}, "registered already"),
+        ({"devices": "cpu"}, "devices: expected several names"),
+        ({"engine": "some.module"}, "engine: expected an object, or"),
+        ({"headdim_multiple": 0}, "headdim_multiple: expected at least 1, got 0"),
+        ({"max_headdim": -1}, "max_headdim: expected at least 0"),
     ],
     ids=str,
 )
 def test_malformed_registrations(wrong, words):
     settings = {"devices": ("cpu",), "dtypes": ("float32",), "serves": SERVES, **wrong}
     with pytest.raises(ValueError, match=words):
-        flash_attn.register_backend(settings.pop("name", "wrong"), Toy(), **settings)
+        flash_attn.register_backend(settings.pop("name", "wrong"), settings.pop("engine", Toy()), **settings)
     assert "wrong" not in [b.name for b in flash_attn.backends()]
     flash_attn.flash_attn_func(*inputs())
+
+
+def test_calls_go_on_while_backends_come_and_go():
+    class Idle:
+        def forward(self, p, t):
+            t.out.zero_()
+
+    q, k, v = inputs()
+    failures, over = [], threading.Event()
+
+    def call():
+        try:
+            while not over.is_set():
+                flash_attn.flash_attn_func(q, k, v)
+                flash_attn.explain(q, k, v)
+        except Exception as e:
+            failures.append(e)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    threads = [threading.Thread(target=call) for _ in range(3)]
+    try:
+        for thread in threads:
+            thread.start()
+        for _ in range(1000):
+            for _ in registered("fleeting", Idle(), before="cpu"):
+                pass
+    finally:
+        over.set()
+        for thread in threads:
+            thread.join()
+        sys.setswitchinterval(interval)
+    assert not failures
 
 
 def test_under_compile(toy):
@@ -327,3 +389,20 @@ def test_tables_of_a_device_are_checked_once_copied(change, words):
     check(good)
     with pytest.raises(ValueError, match=words):
         check({**good, **change})
+
+
+@pytest.mark.parametrize("device_type", [CUDA, METAL])
+def test_checking_tables_asks_nothing_of_where_tensors_lie(device_type):
+    """Metal's handles are no addresses: those of two tensors stand closer together than the tensors are long, and
+    slices of one tensor share theirs."""
+    q, out, dout, dq, dk = (OnDevice(torch.zeros(10, 4, 16), device_type) for _ in range(5))
+    lse = OnDevice(torch.zeros(4, 10), device_type)
+    if device_type == METAL:
+        for i, x in enumerate((out, dout, lse, dq, dk)):
+            x._managed.data = q._managed.data + 64 * min(i, 3)
+    cu = torch.tensor([0, 5, 10], dtype=torch.int32)
+    call = groups(cu_seqlens_q=cu, cu_seqlens_k=cu)
+    _C.check_forward(q, q, q, out, lse, *call)
+    _C.check_backward(
+        dout, q, q, q, out, lse, dq, dk, OnDevice(torch.zeros(10, 4, 16), device_type), None, None, None, *call
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 import warnings
@@ -97,6 +98,16 @@ def of_an_operator():
     out.sum().backward()
 
 
+def tangent_of(function):
+    with torch.autograd.forward_ad.dual_level():
+        q, k, v = fixed()
+        function(torch.autograd.forward_ad.make_dual(q, q), k, v)
+
+
+def forward_operator(q, k, v):
+    torch.ops.flash_attn._flash_attn_forward(q, k, v, 0.0, 0.25, True, -1, -1, 0.0, None, False)
+
+
 LOST = {
     "loss = out.sum()": (lambda: second_derivatives(torch.sum), "second derivatives"),
     "loss = out.square().sum()": (lambda: second_derivatives(lambda out: out.square().sum()), "second derivatives"),
@@ -108,6 +119,9 @@ LOST = {
     "pages": (of_pages, "block_table"),
     **{f"a cache's {x}": (lambda x=x: of_a_cache(x), "no derivative") for x in ("q", "k_cache", "v_cache", "k", "v")},
     "an operator": (of_an_operator, "no derivative"),
+    "a tangent": (lambda: tangent_of(flash_attn_func), "jvp"),
+    "a tangent, with a cache": (lambda: tangent_of(flash_attn_with_kvcache), "no derivative"),
+    "a tangent, of an operator": (lambda: tangent_of(forward_operator), "no derivative"),
 }
 
 
@@ -116,7 +130,7 @@ LOST = {
 def test_a_gradient_that_is_not_served_raises(what):
     step, words = LOST[what]
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # autograd's way to lose a gradient is a warning
+        warnings.simplefilter("error", UserWarning)  # autograd's way to lose a gradient is a warning
         with pytest.raises(RuntimeError, match=words):
             step()
 
@@ -145,6 +159,44 @@ def test_an_operator_computes_while_it_is_not_differentiated():
     q, k, v = fixed(requires_grad=True)
     out, *_ = torch.ops.flash_attn._flash_attn_forward(q, k, v, 0.0, 0.25, True, -1, -1, 0.0, None, False)
     assert torch.equal(out, flash_attn_func(q, k, v, softmax_scale=0.25, causal=True))
+
+
+# ---- Autograd sees every write to a tensor that it has saved ---------------------------------------------------------
+
+
+def write_cache(k_cache):
+    q, new = torch.randn(2, 1, 4, 16), torch.randn(2, 1, 2, 16)
+    flash_attn_with_kvcache(q, k_cache, torch.zeros_like(k_cache), new, new, cache_seqlens=3)
+
+
+def write_gradient(dk):
+    q, k, v = fixed()
+    scores = (0.0, 0.25, True, -1, -1, 0.0, None)
+    out, lse, *_ = torch.ops.flash_attn._flash_attn_forward(q, k, v, *scores, False)
+    results = torch.empty_like(q), dk, torch.empty_like(v)
+    torch.ops.flash_attn._flash_attn_backward(out, q, k, v, out, lse, *results, *scores, False)
+
+
+MODES = {
+    "eager": lambda: [],
+    "a dispatch mode": lambda: [FlopCounterMode(display=False)],
+    "inference": lambda: [torch.inference_mode()],
+    "both": lambda: [torch.inference_mode(), FlopCounterMode(display=False)],
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("write", [write_cache, write_gradient])
+def test_autograd_sees_writes(write, mode):
+    saved = torch.zeros(2, 11, 2, 16)
+    loss = (saved * torch.ones_like(saved).requires_grad_()).sum()
+    with contextlib.ExitStack() as stack:
+        for context in MODES[mode]():
+            stack.enter_context(context)
+        write(saved)
+    assert saved.abs().sum() > 0
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
 
 
 # ---- torch.compile takes what eager takes ----------------------------------------------------------------------------

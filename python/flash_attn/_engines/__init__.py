@@ -33,6 +33,8 @@ clamp what they say (`clamped` in src/core/sequences.hpp).
 from __future__ import annotations
 
 import importlib
+import os
+import threading
 
 from flash_attn import _C
 from flash_attn._call import Dropout, NewKeys, Rotary, Scores, Sequences
@@ -78,16 +80,30 @@ class Tensors:
 
 _registered: dict[str, tuple] = {}  # name: (engine or "module:attribute", what _C.register_hosted was told)
 _ready: dict[str, object] = {}
+# The core's list and ours change together: whoever is sent here by the core finds the engine, or that it is gone.
+_lock = threading.RLock()
 
 
-def add(name: str, engine, settings: tuple) -> None:
-    _registered[name] = (engine, settings)
-    _ready.pop(name, None)
+def _renew_lock() -> None:
+    """A child must not find the lock held by a thread that it does not have."""
+    global _lock
+    _lock = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_renew_lock)
+
+
+def add(name: str, engine, settings: tuple, unavailable: str, before: str) -> None:
+    with _lock:
+        _C.register_hosted(*settings, unavailable, before)
+        _registered[name] = (engine, settings)
+        _ready.pop(name, None)
 
 
 def remove(name: str) -> None:
-    if name in _registered:
-        del _registered[name]
+    with _lock:
+        _C.unregister_backend(name)
+        _registered.pop(name, None)
         _ready.pop(name, None)
 
 
@@ -96,16 +112,26 @@ def hosts(name: str) -> bool:
 
 
 def get(name: str) -> object | None:
-    """The engine of this name, made on first use; None if it cannot be: then it is unavailable from now on."""
+    """The engine of this name, made on first use. None if it cannot be: then it is unavailable from now on; or if it
+    was taken out since it was chosen. Either way the core will choose another."""
     if (engine := _ready.get(name)) is not None:
         return engine
-    engine, settings = _registered[name]
-    if isinstance(engine, str):
+    with _lock:
+        entry = _registered.get(name)
+    if entry is None:
+        return None
+    engine, settings = entry
+    why_not = ""
+    if isinstance(engine, str):  # imported without the lock: modules have their own, and may register backends
         module, attribute = engine.split(":")
         try:
             engine = getattr(importlib.import_module(module), attribute)()
         except Exception as e:  # whatever a driver or a package says while it loads
-            _C.register_hosted(*settings, f"{type(e).__name__}: {e}", "")
+            engine, why_not = None, f"{type(e).__name__}: {e}"
+    with _lock:
+        if _registered.get(name) is not entry:  # another thread has put another in its place, or none
+            return engine
+        if engine is None:
+            _C.register_hosted(*settings, why_not, "")
             return None
-    _ready[name] = engine
-    return engine
+        return _ready.setdefault(name, engine)

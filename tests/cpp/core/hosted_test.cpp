@@ -3,6 +3,8 @@
 
 #include <gtest/gtest.h>
 
+#include <functional>
+
 #include "core/backend.hpp"
 #include "core/calls.hpp"
 #include "core/problem.hpp"
@@ -82,6 +84,21 @@ TEST_F(HostedTest, HeaddimIsData) {
   Forward call = on_gpu(fixed_call(store));
   for (Tensor* t : {&call.q, &call.k}) t->shape[3] = 7;
   EXPECT_EQ(explain(call).candidates.back().why_not, "headdim: 7 is not served (multiples of 2 up to 256 are)");
+}
+
+TEST_F(HostedTest, LimitsThatAreNoneAreNotRegistered) {
+  const std::function<void(Serves&)> spoilers[] = {
+      [](Serves& s) { s.headdim_multiple = 0; },
+      [](Serves& s) { s.headdim_multiple = -8; },
+      [](Serves& s) { s.max_headdim = -1; },
+  };
+  for (const auto& spoil : spoilers)
+    for (const auto pass : {&Hosted::forward, &Hosted::backward}) {
+      Hosted toy = gpu_backend("toy2");
+      spoil(*(toy.*pass));
+      EXPECT_THROW(register_hosted(toy), Error);
+    }
+  EXPECT_EQ(registered_backends().back()->name(), "toy") << "none was added";
 }
 
 TEST_F(HostedTest, TakesAPlaceAndIsReplacedThere) {

@@ -3,7 +3,9 @@
 
 #include <gtest/gtest.h>
 
+#include <functional>
 #include <random>
+#include <utility>
 
 #include "core/calls.hpp"
 
@@ -91,6 +93,42 @@ TEST(UsedKeys, OneNumberIsATableOfEqualEntries) {
   for (int64_t b = 0; b < 2; ++b) expect_same(p.sequences.at(b), q.sequences.at(b));
   EXPECT_EQ(p.max_seqlen_k, q.max_seqlen_k);
   EXPECT_EQ(p.features, q.features);
+}
+
+/// Five queries each, under a causal mask. That the longest sequence has keys enough for them says nothing of others.
+TEST(BlindRows, AreToldWhereverLengthsVary) {
+  Store store;
+  const auto fixed = [&] {
+    Forward call = fixed_call(store);
+    call.sequences.used_k = 5;
+    call.scores.causal = true;
+    return call;
+  };
+  const auto packed_keys_join = [&](Forward& call) {
+    call.sequences.used_k = 4;
+    call.new_keys = {.k = store.floats({3, 2, 8}), .v = store.floats({3, 2, 6}), .cu_seqlens = store.ints({0, 3, 3})};
+  };
+  const std::pair<const char*, std::function<void(Forward&)>> rows[] = {
+      {"seqused_q",
+       [&](Forward& c) {
+         c.sequences.seqused_q = store.ints({1, 1});
+       }},
+      {"seqused_k",
+       [&](Forward& c) {
+         c.sequences.used_k = -1, c.sequences.seqused_k = store.ints({5, 1});
+       }},
+      {"leftpad_k",
+       [&](Forward& c) {
+         c.sequences.leftpad_k = store.ints({0, 4});
+       }},
+      {"packed new keys", packed_keys_join},
+  };
+  EXPECT_FALSE(make_problem(fixed()).features & bit(Feature::blind_rows));
+  for (const auto& [name, vary] : rows) {
+    Forward call = fixed();
+    vary(call);
+    EXPECT_TRUE(make_problem(call).features & bit(Feature::blind_rows)) << name;
+  }
 }
 
 }  // namespace
