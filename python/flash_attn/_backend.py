@@ -16,18 +16,28 @@ from flash_attn._errors import InvalidArgument, NotServed
 _chosen: contextvars.ContextVar[str | None] = contextvars.ContextVar("flash_attn_backend", default=None)
 
 
-def _refuse_flaggems() -> str:
-    if (name := _chosen.get()) is None:
+def _flaggems() -> str:
+    """The backend that is named where FLASH_ATTENTION_USE_FLAGGEMS names one and use_backend does not."""
+    if (name := _chosen.get()) is not None:
+        return name
+    if missing := _missing(BUILT_IN["flaggems"]["needs"]):
         raise NotServed(
-            "FLASH_ATTENTION_USE_FLAGGEMS: this version has no FlagGems backend; unset the variable, or choose among "
+            f"FLASH_ATTENTION_USE_FLAGGEMS: {missing}; install flag_gems (pip install flag_gems) and the Triton of the "
+            "device's vendor (pip install triton for NVIDIA and AMD), or unset the variable, or choose among "
             f"{', '.join(b.name for b in backends())} with FLASH_ATTENTION_BACKEND or flash_attn.use_backend()"
         )
-    return name
+    return "flaggems"
+
+
+def _missing(modules: Iterable[str]) -> str:
+    """Which modules are not installed, in words. None is imported."""
+    missing = [module for module in modules if importlib.util.find_spec(module) is None]
+    return f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed" if missing else ""
 
 
 # FLASH_ATTENTION_BACKEND is read by the core. The older FLASH_ATTENTION_USE_FLAGGEMS is never silently ignored.
 _asks_for_flaggems = os.environ.get("FLASH_ATTENTION_USE_FLAGGEMS", "0").lower() not in ("", "0", "false", "off", "no")
-current = _refuse_flaggems if _asks_for_flaggems and not os.environ.get("FLASH_ATTENTION_BACKEND") else _chosen.get
+current = _flaggems if _asks_for_flaggems and not os.environ.get("FLASH_ATTENTION_BACKEND") else _chosen.get
 
 
 @contextlib.contextmanager
@@ -119,8 +129,7 @@ def register_backend(
     if isinstance(engine, str) and engine.count(":") != 1:
         raise InvalidArgument(f'engine: expected an object, or "module:attribute", got {engine!r}')
     types = [t for d in devices for t in _DEVICE_TYPES.get(d, (_OTHERS_TYPE,))]
-    missing = [module for module in needs if importlib.util.find_spec(module) is None]
-    unavailable = f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed" if missing else ""
+    unavailable = _missing(needs)
     limits = (tuple(dtypes), max_headdim or 0, headdim_multiple, dict(words or {}))
 
     def capabilities(served):
