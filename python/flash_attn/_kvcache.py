@@ -10,7 +10,7 @@ from flash_attn import _run
 from flash_attn._attention import OF_SCORES, OF_SEQUENCES, check_constants, plain_numbers
 from flash_attn._backend import current
 from flash_attn._call import NewKeys, Rotary, Run, Scores, Sequences, check_tensors, extended, scores_of
-from flash_attn._errors import InvalidArgument, InvalidType
+from flash_attn._errors import InvalidArgument, InvalidType, NotServed
 from flash_attn._flops import cache_flops
 from flash_attn._library import declare, define, pick
 from flash_attn._refusal import refuse_gradient
@@ -57,6 +57,44 @@ define(
     _fake,
     cache_flops,
 )
+
+
+_NO_DERIVATIVE = "flash_attn_with_kvcache has no derivative: use flash_attn_func or flash_attn_varlen_func"
+
+
+def _refused_gradient(call: dict):
+    raise NotServed(_NO_DERIVATIVE)
+
+
+define(
+    "_flash_attn_kvcache_gradient(Tensor dout) -> Tensor",
+    _refused_gradient,
+    lambda call: call["dout"].new_empty(()),
+    lambda call: 0,
+)
+
+
+def _recorded(inputs) -> list[Tensor]:
+    """A number per input that has a gradient, with the input in its history. Caches that are written to are none of
+    them: an earlier step of the graph may have written too, and then autograd may not look at them any more."""
+    if not torch.is_grad_enabled():
+        return []
+    return [x[:0].sum() for x in inputs if isinstance(x, Tensor) and x.requires_grad]
+
+
+class _TracedRefusal(torch.autograd.Function):
+    """What refuse_gradient does, in a compiled graph, for the numbers of _recorded(): an operator in the backward
+    raises where the graph runs."""
+
+    @staticmethod
+    def forward(ctx, result, *inputs):
+        ctx.dtypes = [x.dtype for x in inputs]
+        return result.clone()
+
+    @staticmethod
+    def backward(ctx, dresult):
+        gradient = torch.ops.flash_attn._flash_attn_kvcache_gradient(dresult)
+        return None, *[gradient.to(dtype) for dtype in ctx.dtypes]
 
 
 def _used(cache_seqlens) -> tuple[Tensor | None, int | None]:
@@ -157,6 +195,9 @@ def flash_attn_with_kvcache(
         rotary = Rotary(rotary_cos, rotary_sin, bool(rotary_interleaved), rotary_positions)
 
     call = (q, k_cache, v_cache, sequences, scores, new_keys, rotary)
+    inputs = (q, k, v, scores.learnable_sink, scores.attn_bias, rotary_cos, rotary_sin)
+    if torch.compiler.is_compiling():
+        inputs = _recorded(inputs if k is not None else (*inputs, k_cache, v_cache))
     if not is_plain(q, k_cache, v_cache):
         out, lse = _traced(*call)
     elif torch.autograd._profiler_enabled():
@@ -164,12 +205,15 @@ def flash_attn_with_kvcache(
             out, lse = _eager(*call, return_softmax_lse)
     else:
         out, lse = _eager(*call, return_softmax_lse)
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    if torch.is_grad_enabled():
         check_constants(scores)
-        inputs = (q, k, v, scores.learnable_sink, scores.attn_bias, rotary_cos, rotary_sin)
         caches = (k_cache, v_cache)
-        words = "flash_attn_with_kvcache has no derivative: use flash_attn_func or flash_attn_varlen_func"
-        if lse is None:
-            return refuse_gradient(words, out, inputs, caches)
-        out, lse = refuse_gradient(words, (out, lse), inputs, caches)
+        if torch.compiler.is_compiling():
+            if inputs:
+                out = _TracedRefusal.apply(out, *inputs)
+                lse = _TracedRefusal.apply(lse, *inputs) if return_softmax_lse else lse
+        elif lse is None:
+            return refuse_gradient(_NO_DERIVATIVE, out, inputs, caches)
+        else:
+            out, lse = refuse_gradient(_NO_DERIVATIVE, (out, lse), inputs, caches)
     return (out, lse) if return_softmax_lse else out

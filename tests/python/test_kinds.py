@@ -83,13 +83,22 @@ def of_pages():
     out.sum().backward()
 
 
-def of_a_cache(which):
+def of_a_cache(which, compiled=False):
+    def step(**inputs):
+        leaf = inputs[which]
+        if which.endswith("cache"):
+            inputs[which] = leaf.clone()  # no leaf: it is written to
+        return flash_attn_with_kvcache(**inputs, cache_seqlens=3).sum() + leaf.sum()
+
     q, k, v = fixed()
     inputs = {"q": q, "k_cache": k, "v_cache": v, "k": torch.randn(2, 1, 2, 16), "v": torch.randn(2, 1, 2, 16)}
     inputs[which] = inputs[which].clone().requires_grad_()
-    if which.endswith("cache"):
-        inputs[which] = inputs[which].clone()  # no leaf: it is written to
-    flash_attn_with_kvcache(**inputs, cache_seqlens=3).sum().backward()
+    if compiled:
+        if which.endswith("cache"):
+            inputs["k"] = inputs["v"] = None  # a compiler records no cache that is written to
+        torch.compiler.reset()
+        step = torch.compile(step, backend="aot_eager", fullgraph=True)
+    step(**inputs).backward()
 
 
 def of_an_operator():
@@ -118,6 +127,10 @@ LOST = {
     "of a sink": (of_a_sink, "second derivatives"),
     "pages": (of_pages, "block_table"),
     **{f"a cache's {x}": (lambda x=x: of_a_cache(x), "no derivative") for x in ("q", "k_cache", "v_cache", "k", "v")},
+    **{
+        f"a cache's {x}, compiled": (lambda x=x: of_a_cache(x, True), "no derivative")
+        for x in ("q", "k_cache", "v_cache", "k", "v")
+    },
     "an operator": (of_an_operator, "no derivative"),
     "a tangent": (lambda: tangent_of(flash_attn_func), "jvp"),
     "a tangent, with a cache": (lambda: tangent_of(flash_attn_with_kvcache), "no derivative"),
