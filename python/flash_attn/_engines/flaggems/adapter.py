@@ -4,7 +4,8 @@ Of FlagGems' two entry points only flash_attn_varlen_func is used. The dense one
 masks at some lengths that nobody has pinned down, so no check of a few lengths can clear it, and it compiles anew for
 every batch size.
 
-What the packed one does differently, as read in release 5.0.2:
+What the packed one does differently, as read in release 5.0.2 and seen with its kernel in the interpreter of Triton 3.6
+(the adapter as a whole has not been run on a device):
 
 - A side of a window that is at least max_seqlen_k becomes -1, and -1 on the left turns the window off, -1 on the right
   hides the diagonal. So every window is given with two sides, and a max_seqlen_k that exceeds both.
