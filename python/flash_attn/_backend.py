@@ -45,7 +45,8 @@ def use_backend(name: str | None) -> Iterator[None]:
     """Within the block, calls run on the backend of this name (None: the automatic choice), or fail.
 
     A backend that is named runs both passes, also where the backward comes after the block. Under torch.compile the
-    switch counts when the compiled code runs.
+    switch counts when the compiled code runs, and in its thread: a compiled backward of a GPU runs in autograd's, where
+    only FLASH_ATTENTION_BACKEND is heard.
     """
     if name is not None and name not in (known := [b.name for b in backends()]):
         raise InvalidArgument(f"backend: expected one of {', '.join(known)}, got {name!r}")

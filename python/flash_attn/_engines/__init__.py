@@ -26,6 +26,8 @@
     device_type, device_index          DLPack's: 1 CPU, 2 CUDA, 10 ROCm, 14 XPU
     stream                             of q's device, as an integer
 
+An engine computes without autograd of its own: where a dispatch mode watches, autograd is off in its backward.
+
 `t` holds the caller's own tensors by the names of `Tensors`. Tables on a device have not been read by anybody: engines
 clamp what they say (`clamped` in src/core/sequences.hpp).
 """
