@@ -199,7 +199,6 @@ struct Tiles {
   __attribute__((noinline)) static void attend(const AttendTask& t) {
     float* const memory = reinterpret_cast<float*>(t.scratch);
     Buffer buffers[2] = {{memory, {}, {}}, {memory + kTiledRows * lds, {}, {}}};
-    Asker asker(t.ahead, t.aheads, t.rows * ((t.keys + kTiledKeys - 1) / kTiledKeys));
     begin_tiles();
     Background background;
     Item before{}, now = next_item(t, 0, 0);
@@ -224,7 +223,6 @@ struct Tiles {
         background.units += background.after.units();
       }
       for (int64_t r = 0; r < now.rows; ++r) {
-        asker.turn();
         if (r < after.rows) prefetch_bias(t.bias, after.r0 + r, 1, after.first, after.first + after.n);
         float* const row = mine.s + r * lds;
         exponentials_kept<kDrops, kTiledKeys>(
@@ -237,7 +235,8 @@ struct Tiles {
     }
     background.finish();
     end_tiles();
-    asker.finish();
+    // All at once: between rows, where exponentials and tile products share the ports, asking costs 5 % and more.
+    Asker(t.ahead, t.aheads, 1).finish();
   }
 
   static void attend_any(const AttendTask& t) { t.dropout.threshold == 0 ? attend<false>(t) : attend<true>(t); }

@@ -191,7 +191,9 @@ struct BackwardTiles {
     float* const p = reinterpret_cast<float*>(t.scratch);  // (64, lds)
     float* const dx = p + kBackwardTiledRows * lds;
     auto* const dx_rows = reinterpret_cast<bf16*>(dx + kBackwardTiledRows * lds);
-    Asker asker(t.ahead, t.aheads, t.rows * ((t.keys + kBackwardTiledKeys - 1) / kBackwardTiledKeys));
+    Asker asker(
+        t.ahead, t.aheads,
+        pad_to(t.rows, kRowsPerTurn) / kRowsPerTurn * (pad_to(t.keys, kBackwardTiledKeys) / kBackwardTiledKeys));
     begin_tiles();
     for (int64_t block = 0; block < t.keys; block += kBackwardTiledKeys) {
       const int64_t block_end = block + kBackwardTiledKeys < t.keys ? block + kBackwardTiledKeys : t.keys;
@@ -203,9 +205,10 @@ struct BackwardTiles {
         prefetch_bias(t.bias, r0, rows, first, last);
         scores(x, q + at.q(), at.rows * at.d, t.keys_packed, t.keys * at.d, at.d, p);
         scores(x, q + at.dout(), at.rows * at.dv, t.keys_packed + packs.v(), t.keys * at.dv, at.dv, dx);
-        for (int64_t r = 0; r < rows; ++r) {
+        for (int64_t begin = 0; begin < rows; begin += kRowsPerTurn) {
           asker.turn();
-          gradient_row<kBackwardTiledKeys>(t, r0 + r, p + r * lds, dx + r * lds, first, x.n, partial);
+          for (int64_t r = begin; r < begin + kRowsPerTurn && r < rows; ++r)
+            gradient_row<kBackwardTiledKeys>(t, r0 + r, p + r * lds, dx + r * lds, first, x.n, partial);
         }
         split(x, p, dx, dx_rows);
         key_sums(t, x, q + at.dout_transposed(), at.rows * at.dv, p, pad_to(t.headdim_v, kTile), t.dv);

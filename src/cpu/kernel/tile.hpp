@@ -24,12 +24,15 @@ inline constexpr int kPanel = kPanelVectors * W;
 
 constexpr int full_rows(int nr) { return kRegisters == 32 ? (nr == 4 ? 6 : nr == 3 ? 8 : 12) : (nr == 2 ? 6 : 12); }
 
+inline constexpr int64_t kRowsPerTurn = 8;
+
 /// Asks L2 for what is needed after this task (kernels.hpp), some lines a turn. Turns stand between products, about as
 /// often as their number says; what they leave is asked for at the end.
 ///
 /// A core has some 16 lines under way at once, and memory takes 100 ns and more to answer: 3 times 32 rows of 256
 /// bytes, all asked for at once, would be waited for as long as if they were read. Between products the wait costs
-/// nothing.
+/// nothing. A turn is a call, and a call leaves no vector in its register: a loop over rows of tiles takes one in
+/// kRowsPerTurn rows, outside of the loop that holds constants.
 class Asker {
  public:
   Asker(const Ahead* run, int64_t runs, int64_t turns) : run_(run), end_(run + runs) {
