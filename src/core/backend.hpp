@@ -66,8 +66,6 @@ struct Choice {
 Choice choose(const Problem& problem, const std::vector<Veto>& vetoes = {});
 /// The same, but throws not_supported naming what is unsupported, by whom, and what would work.
 const Backend& choose_or_throw(const Problem& problem, const std::vector<Veto>& vetoes = {});
-/// The backend that the call or the environment names; empty: none. Throws if nobody is called so.
-std::string named_backend(const Problem& problem);
 
 // The built-in backends, in order of preference. Each lives in its own folder and includes nothing of the others.
 std::unique_ptr<Backend> make_cpu_backend();

@@ -132,7 +132,7 @@ void read_rotary(const Rotary& rotary, const NewKeys& keys, Memory& memory, Prob
             "expected 1 to headdim / 2 = " + std::to_string(p.headdim / 2) + " columns, got " + shape_text(rotary.cos));
   p.append.positions = read_table("rotary.positions", rotary.positions, "(batch)", "batch", p.batch, memory);
   p.append.cos = table_operand(rotary.cos), p.append.sin = table_operand(rotary.sin);
-  p.append.rotary_dim = 2 * pairs, p.append.interleaved = rotary.interleaved, p.append.positions_end = rows;
+  p.append.rotary_dim = 2 * pairs, p.append.interleaved = rotary.interleaved;
   if (p.device.is_cpu()) check_positions(p, rows);
 }
 

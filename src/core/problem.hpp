@@ -98,7 +98,6 @@ struct Append {
   int64_t rotary_dim = 0;  // even
   bool interleaved = false;
   const int32_t* positions = nullptr;  // of a sequence's first query and first new key; nullptr: its used keys
-  int64_t positions_end = 0;           // rows of cos and sin
 
   bool rotates() const { return cos.present(); }
   bool present() const { return rows > 0 || rotates(); }

@@ -219,9 +219,4 @@ const Backend& choose_or_throw(const Problem& problem, const std::vector<Veto>& 
   nobody_serves(problem, *list, named, vetoes);
 }
 
-std::string named_backend(const Problem& problem) {
-  const Backend* named = asked_for(problem, *Registry::instance().list());
-  return named ? std::string(named->name()) : std::string();
-}
-
 }  // namespace flash_attn

@@ -342,6 +342,14 @@ def test_a_device_is_served_by_those_who_name_it(device_type, name):
         )
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_workspace_comes_from_the_frameworks_allocator(device):
+    """Of a device: two pieces, apart, given back. The CPU's backends have memory of their own."""
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    assert _C.workspace_works(torch.zeros(1, device=device), 1 << 20) == (device != "cpu")
+
+
 def test_nobody_serves_a_device_that_nobody_names():
     q, out = (OnDevice(torch.zeros(1, 4, 2, 16), HEXAGON) for _ in range(2))
     with pytest.raises(NotImplementedError) as raised:
