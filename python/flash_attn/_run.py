@@ -25,11 +25,15 @@ def check_tables(on: bool = True) -> None:
     _checks = on
 
 
+_TABLES = {*Sequences._fields, "cu_seqlens", "positions"}  # of NewKeys and Rotary too: the rest is no table
+
+
 def _on_cpu(group):
-    """The group with its tables copied to the CPU."""
+    """The group with its tables copied to the CPU, whatever their dtype: the check has words for a wrong one."""
     if group is None:
         return None
-    return type(group)(*(x.cpu() if isinstance(x, Tensor) and x.dtype == torch.int32 else x for x in group))
+    named = zip(group._fields, group, strict=True)
+    return type(group)(*(x.cpu() if isinstance(x, Tensor) and name in _TABLES else x for name, x in named))
 
 
 def _must_check(q) -> bool:

@@ -46,6 +46,10 @@ class _Move(torch.autograd.Function):
     def backward(ctx, g):
         return None if g is None else g.cpu(), None
 
+    @staticmethod
+    def jvp(ctx, tangent, _):
+        return tangent.to(DEVICE)
+
 
 def moved(x, device):
     if not isinstance(x, torch.Tensor):
