@@ -1,6 +1,7 @@
 """Every backend that serves a device, against the double-precision oracle, over a table of features.
 
 python -m flash_attn.verify [--device D] [--backend NAME] [--filter WORDS] [--dtype T] [--full] [-v] [--json FILE]
+                            [--jobs N]
 
 A line for each backend, dtype and pass; a row for each case that fails, or for every case with -v. The exit status is 1
 if any fails. flash_attn/_verify/judge.py says what counts as right.
@@ -9,7 +10,10 @@ if any fails. flash_attn/_verify/judge.py says what counts as right.
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import json
+import multiprocessing
+import os
 import sys
 import time
 from dataclasses import asdict
@@ -54,18 +58,34 @@ def has(dtype: torch.dtype, device: str) -> bool:
         return False
 
 
-def judge_all(names: list[str], device: str, cases: list, dtypes: list[str], seeds: int) -> list[Outcome]:
-    outcomes, show = [], sys.stderr.isatty()
+def judge_one(i: int, dtype: str, names: list[str], device: str, seeds: int) -> list[Outcome]:
+    """Case i of CASES and LARGE, on each backend that serves the dtype."""
     served = {b.name: set(b.forward.dtypes) for b in backends() if b.forward}
-    for i, case in enumerate(cases):
-        for dtype in dtypes:
-            able = [name for name in names if _NAMES[dtype] in served.get(name, ())]
-            for seed in range(seeds if able else 0):
-                if show:
-                    print(f"\r\033[K{i + 1}/{len(cases)} {case.name} {dtype}", end="", file=sys.stderr, flush=True)
-                judge = Judge(case, dtype, 1000 * seed + i)
-                for name in able:
-                    outcomes += judge.take(name, device)
+    able = [name for name in names if _NAMES[dtype] in served.get(name, ())]
+    outcomes = []
+    for seed in range(seeds if able else 0):
+        judge = Judge((*CASES, *LARGE)[i], dtype, 1000 * seed + i)
+        for name in able:
+            outcomes += judge.take(name, device)
+    return outcomes
+
+
+def judge_all(tasks: list[tuple], jobs: int) -> list[Outcome]:
+    """`tasks`: arguments of judge_one. In processes of their own if `jobs` > 1: kernels are compiled side by side."""
+    pool, show = None, sys.stderr.isatty()
+    if jobs > 1:
+        spawn = multiprocessing.get_context("spawn")
+        pool = concurrent.futures.ProcessPoolExecutor(jobs, spawn, torch.set_num_threads, (1,))
+    outcomes = []
+    try:
+        every = (pool.map if pool else map)(judge_one, *zip(*tasks, strict=True))
+        for n, some in enumerate(every):
+            outcomes += some
+            if show:
+                print(f"\r\033[K{n + 1}/{len(tasks)}", end="", file=sys.stderr, flush=True)
+    finally:
+        if pool:
+            pool.shutdown(cancel_futures=True)
     if show:
         print("\r\033[K", end="", file=sys.stderr)
     return outcomes
@@ -116,20 +136,23 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--filter", default="", help="only features whose name contains this")
     parser.add_argument("--dtype", action="append", choices=DTYPES, help="only this one; may be repeated")
     parser.add_argument("--full", action="store_true", help="larger shapes as well, and several draws of each case")
+    parser.add_argument("--jobs", type=int, help="processes; default: 1 on a CPU, elsewhere one per core, 8 at most")
     parser.add_argument("-v", "--verbose", action="store_true", help="a row for every case, not only where one fails")
     parser.add_argument("--json", metavar="FILE", help="write a record of every outcome there")
     args = parser.parse_args(argv)
 
     begin = time.perf_counter()
+    jobs = args.jobs or (1 if args.device == "cpu" else min(os.cpu_count() or 1, 8))
     names = choose(args.device, args.backend)
     dtypes = [d for d in args.dtype or DTYPES if has(DTYPES[d], args.device)]
-    cases = [c for c in (*CASES, *(LARGE if args.full else ())) if args.filter in c.name]
+    cases = [i for i, c in enumerate((*CASES, *(LARGE if args.full else ()))) if args.filter in c.name]
     if not cases:
         sys.exit(f"verify: --filter: no feature contains {args.filter}")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the yardstick's operations are tiny: a second team of threads gets in the oracle's way
     try:
-        outcomes = judge_all(names, args.device, cases, dtypes, SEEDS_OF_FULL if args.full else 1)
+        rest = (names, args.device, SEEDS_OF_FULL if args.full else 1)
+        outcomes = judge_all([(i, dtype, *rest) for i in cases for dtype in dtypes], jobs)
     finally:
         torch.set_num_threads(threads)
     if args.json:

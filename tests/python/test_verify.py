@@ -122,10 +122,16 @@ def test_says_what_is_wrong_with_the_options(arguments, words):
         verify.main(["--device", "cpu", *arguments])
 
 
-def test_runs_as_a_module():
-    call = [sys.executable, "-m", "flash_attn.verify", "--device", "cpu", "--filter", "1 x 1", "--dtype", "fp32"]
-    done = subprocess.run(call, capture_output=True, text=True)
-    assert done.returncode == 0 and "within the bound" in done.stdout, done.stderr
+def test_runs_as_a_module(tmp_path):
+    """And finds the same in processes of its own."""
+    found = []
+    for jobs in ("1", "2"):
+        to = tmp_path / jobs
+        call = [sys.executable, "-m", "flash_attn.verify", "--device", "cpu", "--filter", "1 x", "--dtype", "fp32"]
+        done = subprocess.run([*call, "--jobs", jobs, "--json", to], capture_output=True, text=True)
+        assert done.returncode == 0 and "within the bound" in done.stdout, done.stderr
+        found.append(json.loads(to.read_text()))
+    assert found[0] == found[1] and len(found[0]) > 6
 
 
 def test_the_table_uses_every_feature(register):
