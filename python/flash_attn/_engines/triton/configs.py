@@ -1,14 +1,15 @@
 """Tile sizes: measured ones from configs/*.json, by architecture and Triton version, else a safe choice.
 
-A file holds a list of {"pass", "columns", "masked", "rows", "keys", "warps", "stages", "why"}. What was best on one
-version of Triton may be half as fast on the next, so that a version without a file of its own takes the nearest one and
-says so. Sizes know nothing of lengths or batch: other lengths compile nothing.
+A file holds a list of {"pass", "columns", "masked", "rows", "keys", "warps", "stages", "why"}; flash_attn.tune writes
+one. What was best on one version of Triton may be half as fast on the next, so that a version without a file of its own
+takes the nearest one and says so. Sizes know nothing of lengths or batch: other lengths compile nothing.
 """
 
 from __future__ import annotations
 
 import functools
 import json
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,32 +41,55 @@ class Choice(NamedTuple):
 _failures: dict[Choice, int] = {}
 
 
+forced: dict[str, Tile] = {}  # by pass, while flash_attn.tune measures
+
+
 def tile_for(*choice) -> Tile:
     """`choice`: the fields of a Choice."""
     choice = Choice(*choice)
+    if (tile := forced.get(choice.which)) is not None:
+        return tile
     return _candidates(choice)[_failures.get(choice, 0)]
 
 
 def try_smaller(choice: Choice) -> bool:
     """After a failure to compile: whether there is a smaller tile, which is taken from now on."""
+    if choice.which in forced:
+        return False
     _failures[choice] = _failures.get(choice, 0) + 1
     return _failures[choice] < len(_candidates(choice))
 
 
+def own_folder() -> Path:
+    """Where flash_attn.tune writes."""
+    if named := os.environ.get("FLASH_ATTENTION_TILES"):
+        return Path(named)
+    return Path(os.environ.get("XDG_CONFIG_HOME") or "~/.config").expanduser() / "flash_attn" / "tiles"
+
+
+def name_of(arch: str, version: str) -> str:
+    return f"{arch}-triton-{'.'.join(version.split('.')[:2])}"
+
+
+def read(file: Path) -> list[dict]:
+    return json.loads(file.read_text(encoding="utf-8"))["tiles"]
+
+
 @functools.cache
 def _table(arch: str, version: str) -> tuple[dict, str]:
-    """-> {(pass, columns, masked): Tile}, and the file that it is from ("": none)."""
-    minor = ".".join(version.split(".")[:2])
+    """-> {(pass, columns, masked): Tile}, and the files that it is from ("": none): the one that came with the package
+    (of the nearest version), and over it the one that was measured here."""
     files = sorted(_FOLDER.glob(f"{arch}-triton-*.json"))
-    if not files:
-        return {}, ""
-    file = next((f for f in files if f.stem.endswith(f"-{minor}")), files[-1])
+    name = f"{name_of(arch, version)}.json"
+    files = [f for f in files if f.name == name] or files[-1:]
+    if (own := own_folder() / name).is_file():
+        files.append(own)
     table = {}
-    for entry in json.loads(file.read_text())["tiles"]:
+    for entry in (entry for file in files for entry in read(file)):
         tile = Tile(entry["rows"], entry["keys"], entry["warps"], entry["stages"], entry.get("loops", 2))
         for masked in (entry["masked"],) if "masked" in entry else (False, True):
             table[entry["pass"], entry["columns"], masked] = tile
-    return table, file.stem
+    return table, " and ".join(f.name if f.parent == _FOLDER else str(f) for f in files)
 
 
 def bytes_of(which: str, tile: Tile, columns: int, itemsize: int) -> int:
@@ -109,4 +133,4 @@ def _candidates(choice: Choice) -> list[Tile]:
 def source(arch: str, version: str) -> str:
     """Words for explain: where tile sizes come from."""
     name = _table(arch, version)[1]
-    return f"tiles from {name}.json" if name else f"no tiles were measured for {arch}: safe ones"
+    return f"tiles from {name}" if name else f"no tiles were measured for {arch}: safe ones"
