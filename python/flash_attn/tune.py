@@ -78,14 +78,15 @@ def forced(which: str, tile):
 
 @contextmanager
 def recorded():
-    """A list of the launches (kernel, its arguments) made in the block."""
+    """The launches (kernel, its arguments) made in the block, by the Call that is their first argument: a kernel that
+    has yet to be compiled launches by calling itself."""
     from flash_attn._engines.triton.launch import Kernel
 
-    launches, launch = [], Kernel.__call__
+    launches, launch = {}, Kernel.__call__
 
-    def note(kernel, *arguments):
-        launches.append((kernel, arguments))
-        launch(kernel, *arguments)
+    def note(kernel, call, *rest):
+        launches[call] = kernel, (call, *rest)
+        launch(kernel, call, *rest)
 
     Kernel.__call__ = note
     try:
@@ -114,7 +115,7 @@ def launch_of(which: str, tile, tensors: list, masked: bool):
             launches.clear()
             torch.autograd.grad(out, tensors, torch.randn_like(out))
     name, n = KERNELS[which]
-    kernel, arguments = [launch for launch in launches if launch[0].name == name][n]
+    kernel, arguments = [x for x in launches.values() if x[0].name == name][n]
     return lambda: kernel(*arguments)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from flash_attn import backend
+from support import device
 from support.compare import assert_as_exact, cancelling_terms, largest
 from support.device import BACKENDS, cpu_only, flash_attn_func, flash_attn_kvpacked_func, flash_attn_qkvpacked_func
 from support.formula import attention
@@ -183,6 +184,7 @@ STRIDES = {
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", STRIDES)
 def test_strides_do_not_matter(layout, dtype):
+    """On a CPU to the bit. A GPU compiles other code for rows that are not aligned, which may add in another order."""
     (q, k, v), _, _ = inputs(BASE, {}, dtype)
     dout = torch.randn(q.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
 
@@ -193,8 +195,9 @@ def test_strides_do_not_matter(layout, dtype):
 
     strided = STRIDES[layout]
     assert strided(q).stride() != q.stride() and torch.equal(strided(q), q)
+    bits = 0 if device.DEVICE == "cpu" else 4 * torch.finfo(dtype).eps
     for a, b in zip(run(strided), run(lambda x: x), strict=True):
-        assert torch.equal(a, b)
+        assert (a - b).abs().max() <= bits * b.abs().max()
 
 
 def test_broadcast_inputs():

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
 pytest.importorskip("triton")
 
 from flash_attn import tune
-from flash_attn._engines.triton import configs
+from flash_attn._engines.triton import configs, launch
 
 ARCH, VERSION, SHARED = "cuda-90", "3.6.0", 232448
 
@@ -86,3 +87,15 @@ def test_a_forced_tile_is_taken_and_given_back():
 def test_a_device_that_is_not_there():
     with pytest.raises(SystemExit, match="tune: --device nowhere"):
         tune.main(["--device", "nowhere"])
+
+
+def test_a_first_launch_is_recorded_once():
+    runs = []
+    kernel = object.__new__(launch.Kernel)
+    call = launch.Call(1, (), (), "key", False, (4, 1))
+    compiled = SimpleNamespace(run=lambda *a: runs.append(a), function=0, packed_metadata=None)
+    kernel._compiled = {("key", (), 4, 1, False, 0): compiled}
+    with tune.recorded() as launches:
+        kernel(call, 0, 0, ())
+        kernel(call, 0, 0, ())
+    assert list(launches.values()) == [(kernel, (call, 0, 0, ()))] and len(runs) == 2
