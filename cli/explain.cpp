@@ -35,6 +35,7 @@ void run_explain(const Question& question, const JsonOption& json) {
       fmt::print("\n{}\n{}\n", painted("plan", Colour::bold),
                  answer.plan.empty() ? "(the backend describes none)" : answer.plan);
     }
+    fmt::print("\n{}\n{}\n", painted("work", Colour::bold), answer.work);
   }
   std::vector<Json> candidates;
   for (const Candidate& c : answer.candidates) {
@@ -44,7 +45,8 @@ void run_explain(const Question& question, const JsonOption& json) {
   json.write(Json::object({{"problem", answer.problem},
                            {"candidates", Json::array(candidates)},
                            {"choice", chosen.empty() ? Json() : Json(chosen)},
-                           {"plan", chosen.empty() ? Json() : Json(answer.plan)}},
+                           {"plan", chosen.empty() ? Json() : Json(answer.plan)},
+                           {"work", answer.work}},
                           true));
 }
 

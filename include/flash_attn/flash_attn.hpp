@@ -144,6 +144,7 @@ struct Explanation {
   std::string problem;
   std::vector<Candidate> candidates;
   std::string plan;  // of the chosen backend; empty if nobody serves the call
+  std::string work;  // operations and bytes that the call needs on any machine: "2.15 GFLOP, 8.39 MB: 256 FLOP a byte"
 };
 FLASH_ATTN_API Explanation explain(const Forward& call);
 FLASH_ATTN_API Explanation explain(const Backward& call);

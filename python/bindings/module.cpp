@@ -14,6 +14,7 @@
 
 #include "core/backend.hpp"
 #include "core/problem.hpp"
+#include "core/work.hpp"
 #include "device.hpp"
 #include "errors.hpp"
 #include "flash_attn/flash_attn.hpp"
@@ -131,7 +132,7 @@ nb::object py_backward(nb::handle dout, nb::handle q, nb::handle k, nb::handle v
   return run(b.call, q, veto);
 }
 
-/// (problem, [(backend, chosen, why_not)], plan, Problem)
+/// (problem, [(backend, chosen, why_not)], plan, Problem, work)
 template <class Call>
 nb::tuple to_python(const Call& call, nb::handle veto) {
   const Problem problem = make_problem(call);
@@ -139,7 +140,7 @@ nb::tuple to_python(const Call& call, nb::handle veto) {
   nb::list candidates;
   for (const Candidate& c : choice.candidates) candidates.append(nb::make_tuple(c.backend, c.chosen, c.why_not));
   return nb::make_tuple(describe(problem), candidates, choice.backend ? choice.backend->plan(problem) : std::string(),
-                        nb::cast(problem));
+                        nb::cast(problem), describe(count_work(problem)));
 }
 
 nb::tuple py_explain_forward(nb::handle q, nb::handle k, nb::handle v, nb::handle out, nb::handle lse,

@@ -23,6 +23,7 @@ class Explanation(NamedTuple):
     problem: str
     candidates: list[Candidate]
     plan: str  # of the chosen backend; empty if nobody serves the call
+    work: str  # operations and bytes that the call needs on any machine, counted from lengths and mask
 
     def __str__(self) -> str:
         lines = [self.problem]
@@ -30,6 +31,7 @@ class Explanation(NamedTuple):
             lines.append(f"  {'->' if c.chosen else '  '} {c.backend}: {c.why_not or 'serves it'}")
         if self.plan:
             lines.append(f"  plan: {self.plan}")
+        lines.append(f"  work: {self.work}")
         return "\n".join(lines)
 
 
@@ -72,5 +74,5 @@ def explain(
         answer = _run.explain(_C.explain_backward, *call)
     else:
         answer = _run.explain(_C.explain_forward, q, k, v, out, lse, *groups)
-    problem, candidates, plan = answer
-    return Explanation(problem, [Candidate(*c) for c in candidates], plan)
+    problem, candidates, plan, work = answer
+    return Explanation(problem, [Candidate(*c) for c in candidates], plan, work)

@@ -105,16 +105,16 @@ def backward(dout, q, k, v, out, lse, dq, dk, dv, dlse, dbias, dsink, sequences,
 
 
 def explain(answer, *call):
-    """`answer`: _C.explain_forward or _C.explain_backward. -> problem, [(backend, chosen, why_not)], plan."""
+    """`answer`: _C.explain_forward or _C.explain_backward. -> problem, [(backend, chosen, why_not)], plan, work."""
     vetoes = []
     while True:
-        problem, candidates, plan, p = answer(*call, veto=vetoes)
+        problem, candidates, plan, p, work = answer(*call, veto=vetoes)
         chosen = next((name for name, is_chosen, _ in candidates if is_chosen), None)
         if chosen is None or not _engines.hosts(chosen):
-            return problem, candidates, plan
+            return problem, candidates, plan, work
         engine = _engines.get(chosen)
         if engine is not None:
             why_not = engine.refuses(p) if hasattr(engine, "refuses") else ""
             if not why_not:
-                return problem, candidates, engine.plan(p) if hasattr(engine, "plan") else ""
+                return problem, candidates, engine.plan(p) if hasattr(engine, "plan") else "", work
             vetoes.append((chosen, why_not))

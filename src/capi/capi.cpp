@@ -205,6 +205,7 @@ void write_explanation(const Explanation& e, char* text, std::size_t capacity, s
   for (const Candidate& c : e.candidates)
     words += (c.chosen ? "* " : "  ") + c.backend + (c.why_not.empty() ? "" : ": " + c.why_not) + "\n";
   if (!e.plan.empty()) words += "plan: " + e.plan + "\n";
+  words += "work: " + e.work + "\n";
   if (needed) *needed = words.size() + 1;
   if (capacity == 0) return;
   const std::size_t n = std::min(capacity - 1, words.size());

@@ -5,6 +5,7 @@
 #include "core/append.hpp"
 #include "core/backend.hpp"
 #include "core/problem.hpp"
+#include "core/work.hpp"
 
 namespace flash_attn {
 namespace {
@@ -26,7 +27,7 @@ Explanation explain_call(const Call& call) {
   const Problem problem = make_problem(call);
   Choice choice = choose(problem);
   return {describe(problem), std::move(choice.candidates),
-          choice.backend ? choice.backend->plan(problem) : std::string()};
+          choice.backend ? choice.backend->plan(problem) : std::string(), describe(count_work(problem))};
 }
 
 }  // namespace
