@@ -37,8 +37,8 @@ std::string with_unit(double x, const char* unit) {
   int i = 0;
   for (; x >= 999.5 && i < 6; ++i) x /= 1000;
   char text[48];
-  std::snprintf(text, sizeof text, x >= 100 || i == 0 ? "%.0f %s%s" : x >= 10 ? "%.1f %s%s" : "%.2f %s%s", x,
-                kPrefixes[i], unit);
+  const int decimals = x >= 100 || i == 0 ? 0 : x >= 10 ? 1 : 2;
+  std::snprintf(text, sizeof text, "%.*f %s%s", decimals, x, kPrefixes[i], unit);
   return text;
 }
 

@@ -8,7 +8,7 @@
 namespace flash_attn {
 
 struct Work {
-  double flops = 0;    // of the products: 2 (d + dv) a visible pair of query and key, head by head; 2 (3 d + 2 dv) backward
+  double flops = 0;    // of the products: 2 (d + dv) a visible pair of query and key; backward 2 (3 d + 2 dv)
   double bytes = 0;    // every input element that is needed read once, every result written once
   bool bound = false;  // lengths lie on a device, where nobody has read them: at most so much
 };

@@ -45,7 +45,9 @@ TEST(Work, ofMasks) {
 TEST(Work, ofPackedSequences) {
   Store store;
   const Tensor cu_q = store.ints({0, 3, 3, 10}), cu_k = store.ints({0, 5, 9, 10});
-  Forward call{.q = store.floats({10, 2, 8}), .k = store.floats({10, 2, 8}), .v = store.floats({10, 2, 8}),
+  Forward call{.q = store.floats({10, 2, 8}),
+               .k = store.floats({10, 2, 8}),
+               .v = store.floats({10, 2, 8}),
                .out = store.floats({10, 2, 8})};
   call.sequences.cu_seqlens_q = cu_q, call.sequences.cu_seqlens_k = cu_k;
   const Work work = count_work(make_problem(call));
