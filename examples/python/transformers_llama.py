@@ -15,15 +15,17 @@ except ImportError as error:
     sys.exit(f"{error}: pip install transformers")
 
 torch.manual_seed(0)
+device = "cuda" if torch.cuda.is_available() else "cpu"
 config = LlamaConfig(
     vocab_size=100, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
     num_key_value_heads=2, attn_implementation=name,
 )  # fmt: skip
-model = LlamaForCausalLM(config)  # or LlamaForCausalLM.from_pretrained(..., attn_implementation=name)
+model = LlamaForCausalLM(config).to(device)  # or LlamaForCausalLM.from_pretrained(..., attn_implementation=name)
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 
 ids, mask = torch.randint(3, 100, (2, 12)), torch.ones(2, 12, dtype=torch.int64)
 mask[0, :5] = 0  # padding on the left
+ids, mask = ids.to(device), mask.to(device)
 
 losses = []
 for _ in range(2):

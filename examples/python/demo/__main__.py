@@ -2,6 +2,7 @@
 
 python examples/python/demo            about two and a half minutes on two cores; writes demo/report.html
 python examples/python/demo --quick    the same in seconds, with little training
+python examples/python/demo --device cuda   on a GPU, the default where torch sees one
 """
 
 from __future__ import annotations
@@ -59,8 +60,13 @@ def processor() -> str:
     return names[0] if names else platform.machine()
 
 
-def show_machine(console: Console, report: Report) -> None:
-    rows = [
+def device_name(device: str) -> str:
+    return "" if device == "cpu" else getattr(torch, torch.device(device).type).get_device_name()
+
+
+def show_machine(console: Console, report: Report, device: str) -> None:
+    rows = [("device", device_name(device))] if device != "cpu" else []
+    rows += [
         ("processor", f"{processor()} ({platform.machine()})"),
         ("instruction set", f"{flash_attn.cpu_isa()} (usable here: {', '.join(flash_attn.cpu_isas())})"),
         ("threads", f"{flash_attn.num_threads()} (PyTorch: {torch.get_num_threads()})"),
@@ -77,11 +83,11 @@ def show_machine(console: Console, report: Report) -> None:
     report.table((), rows, numbers_from=2)
 
 
-def show_comparison(console: Console, report: Report, scale: Scale) -> list[Result]:
+def show_comparison(console: Console, report: Report, scale: Scale, device: str) -> list[Result]:
     results = []
     with progress(console) as bar:
         task = bar.add_task("comparing", total=len(scale.cases), note="")
-        for result in compare(scale.cases, scale.compare_seconds):
+        for result in compare(scale.cases, scale.compare_seconds, device):
             results.append(result)
             bar.update(task, advance=1, note=result.case.name)
     header = ("case", "error", "SDPA's", "ms", "SDPA's", "faster")
@@ -104,10 +110,10 @@ def show_comparison(console: Console, report: Report, scale: Scale) -> list[Resu
     console.print(table)
     report.heading("Exactness and speed against PyTorch")
     report.paragraph(
-        "Forward passes on the same random tensors and threads. Errors are the largest of any output, against the "
-        "formula computed in float64. Times are the least of several, the two taken in turns; the last column is their "
-        "ratio. A case is sequences x length, heads (/ heads of k and v), headdim, mask, dtype. For packed sequences "
-        "PyTorch's scaled_dot_product_attention (SDPA) is called once for each."
+        "Forward passes on the same random tensors, device and threads. Errors are the largest of any output, against "
+        "the formula computed in float64. Times are the least of several, the two taken in turns; the last column is "
+        "their ratio. A case is sequences x length, heads (/ heads of k and v), headdim, mask, dtype. For packed "
+        "sequences PyTorch's scaled_dot_product_attention (SDPA) is called once for each."
     )
     report.table(header, rows, numbers_from=1)
     report.plot(comparison(results), "speed and error of each case")
@@ -141,8 +147,9 @@ def check_gradients(model: GPT, batch: Batch) -> Gradients:
 def attention_share(model: GPT, batch: Batch) -> float:
     """The part of a step's forward and backward that is attention, both timed alone and in turns."""
     config = model.config
-    qkv = torch.randn(len(batch.tokens), 3, config.nheads, config.headdim, requires_grad=True)
-    dout = torch.randn(len(batch.tokens), config.nheads, config.headdim)
+    device = str(batch.tokens.device)
+    qkv = torch.randn(len(batch.tokens), 3, config.nheads, config.headdim, device=device, requires_grad=True)
+    dout = torch.randn(len(batch.tokens), config.nheads, config.headdim, device=device)
 
     def attention() -> None:
         torch.autograd.grad(flash(qkv, batch.cu_seqlens, batch.max_seqlen), qkv, dout)
@@ -150,18 +157,22 @@ def attention_share(model: GPT, batch: Batch) -> float:
     def step() -> None:
         torch.autograd.grad(model.loss(batch), list(model.parameters()))
 
-    one_layer, whole = alternate(attention, step, seconds=1.0)
+    one_layer, whole = alternate(attention, step, seconds=1.0, device=device)
     return config.layers * one_layer / whole
 
 
-def show_training(console: Console, report: Report, scale: Scale) -> list[Step]:
+def show_training(console: Console, report: Report, scale: Scale, device: str) -> list[Step]:
     config = scale.config
     texts = documents()
     seen, unseen = split(texts, seed=SEED)
-    draw = Passages(seen, config.context, scale.tokens, SEED).draw
-    held_out = Passages(unseen, config.context, 4 * scale.tokens, SEED).draw()
+    passages = Passages(seen, config.context, scale.tokens, SEED)
+    held_out = Passages(unseen, config.context, 4 * scale.tokens, SEED).draw().to(device)
     torch.manual_seed(SEED)
-    model = GPT(config)
+    model = GPT(config).to(device)
+
+    def draw() -> Batch:
+        return passages.draw().to(device)
+
     parameters = f"{model.parameter_count() / 1e6:.2f}"
     console.print(
         f"{len(texts)} documents of this repository, {sum(len(t.data) for t in texts) / 1e3:.0f} kB, "
@@ -178,12 +189,12 @@ def show_training(console: Console, report: Report, scale: Scale) -> list[Step]:
             bar.update(task, completed=done, note=f"step {step.number}, held-out {latest:.2f} bits per byte")
     batch = draw()
     gradients, share = check_gradients(model, batch), attention_share(model, batch)
-    passages = len(batch.cu_seqlens) - 1
+    packed = len(batch.cu_seqlens) - 1
     first, last = steps[0], steps[-1]
     rows = [
         ("text", f"{len(texts)} documents, {len(unseen)} of them held out"),
         ("model", f"{config.layers} layers, {config.nheads} heads of {config.headdim}, {parameters} M parameters"),
-        ("step", f"{scale.tokens} bytes, packed: passages of up to {config.context}, about {passages} of them"),
+        ("step", f"{scale.tokens} bytes, packed: passages of up to {config.context}, about {packed} of them"),
         ("training", f"{last.number} steps in {last.seconds:.0f} s"),
         ("held-out loss", f"{first.held_out:.2f} bits per byte at first, {last.held_out:.2f} at last"),
         ("attention", f"{share:.0%} of a step's forward and backward"),
@@ -233,6 +244,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="seconds instead of minutes")
     parser.add_argument("--report", type=Path, default=ROOT / "demo" / "report.html", help="where the page goes")
+    here = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=here, help="default here: %(default)s")
     arguments = parser.parse_args()
     scale = QUICK if arguments.quick else FULL
     begin = time.perf_counter()
@@ -240,11 +253,11 @@ def main() -> None:
     report = Report("FlashAttention-Plus on this machine")
 
     console.rule("[bold]This machine")
-    show_machine(console, report)
+    show_machine(console, report, arguments.device)
     console.rule("[bold]Exactness and speed against PyTorch")
-    results = show_comparison(console, report, scale)
+    results = show_comparison(console, report, scale, arguments.device)
     console.rule("[bold]A small GPT, trained here")
-    show_training(console, report, scale)
+    show_training(console, report, scale, arguments.device)
 
     report.paragraph(f"Made in {time.perf_counter() - begin:.0f} s by examples/python/demo.")
     report.write(arguments.report)

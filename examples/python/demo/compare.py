@@ -67,22 +67,22 @@ QUICK_CASES = [
 ]
 
 
-def run(cases: list[Case], seconds: float) -> Iterator[Result]:
+def run(cases: list[Case], seconds: float, device: str) -> Iterator[Result]:
     """Each case in turn, timed for about `seconds`."""
     for index, case in enumerate(cases):
         generator = torch.Generator().manual_seed(index)
         total = sum(case.lengths)
         shapes = [(total, heads, case.headdim) for heads in (case.nheads, case.nheads_k, case.nheads_k)]
-        q, k, v = (torch.randn(shape, generator=generator).to(case.dtype) for shape in shapes)
+        q, k, v = (torch.randn(shape, generator=generator).to(device, case.dtype) for shape in shapes)
         ours, theirs = flash_call(case, q, k, v), sdpa_call(case, q, k, v)
         exact = in_float64(case, q, k, v)
         errors = [(out().view(exact.shape).double() - exact).abs().max().item() for out in (ours, theirs)]
-        yield Result(case, *errors, *alternate(ours, theirs, seconds=seconds))
+        yield Result(case, *errors, *alternate(ours, theirs, seconds=seconds, device=device))
 
 
 def flash_call(case: Case, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
     if case.packed:
-        cu_seqlens = torch.tensor([0, *case.lengths]).cumsum(0).to(torch.int32)
+        cu_seqlens = torch.tensor([0, *case.lengths]).cumsum(0).to(q.device, torch.int32)
         longest = max(case.lengths)
         return lambda: flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, longest, longest, causal=case.causal)
     q, k, v = (x.unflatten(0, (len(case.lengths), -1)) for x in (q, k, v))
@@ -90,7 +90,7 @@ def flash_call(case: Case, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tens
 
 
 def sdpa_call(case: Case, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
-    """PyTorch has no packed form for the CPU: there it is one call for each sequence, with nothing else in between."""
+    """Packed sequences are one call each, with nothing else in between: this function of PyTorch has no packed form."""
     if case.packed:
         parts = [x.split(case.lengths) for x in (q, k, v)]
     else:
@@ -115,7 +115,7 @@ def heads_first(x: Tensor) -> Tensor:
 
 def in_float64(case: Case, q: Tensor, k: Tensor, v: Tensor, rows: int = 512) -> Tensor:
     """softmax(q k^T / sqrt(headdim)) v by the formula, in float64: (total, nheads, headdim)."""
-    out = torch.empty(q.shape, dtype=torch.float64)
+    out = torch.empty(q.shape, dtype=torch.float64, device=q.device)
     group = case.nheads // case.nheads_k
     begin = 0
     for length in case.lengths:
@@ -127,15 +127,24 @@ def in_float64(case: Case, q: Tensor, k: Tensor, v: Tensor, rows: int = 512) -> 
                 seen = last if case.causal else length
                 scores = q[begin + row : begin + last, head].double() @ keys[:seen].T / case.headdim**0.5
                 if case.causal:
-                    hidden = torch.ones(last - row, seen, dtype=torch.bool).triu(row + 1)
+                    hidden = torch.ones(last - row, seen, dtype=torch.bool, device=q.device).triu(row + 1)
                     scores = scores.masked_fill(hidden, float("-inf"))
                 out[begin + row : begin + last, head] = scores.softmax(-1) @ values[:seen]
         begin += length
     return out
 
 
-def alternate(*calls: Callable[[], object], seconds: float, rounds: int = 3) -> list[float]:
+def waiter(device: str) -> Callable[[], None]:
+    """Waits until the device has done what it was told to."""
+    return (lambda: None) if device == "cpu" else getattr(torch, torch.device(device).type).synchronize
+
+
+def alternate(*calls: Callable[[], object], seconds: float, device: str, rounds: int = 3) -> list[float]:
     """The least time of each call, taken in turns, so that whatever else the machine does meets them alike."""
+    wait = waiter(device)
+    for call in calls:
+        call()
+    wait()
     least = [float("inf")] * len(calls)
     end = time.perf_counter() + seconds
     done = 0
@@ -143,6 +152,7 @@ def alternate(*calls: Callable[[], object], seconds: float, rounds: int = 3) -> 
         for index, call in enumerate(calls):
             begin = time.perf_counter()
             call()
+            wait()
             least[index] = min(least[index], time.perf_counter() - begin)
         done += 1
     return least

@@ -156,9 +156,9 @@ def sample(model: GPT, prompts: list[bytes], length: int, temperature: float, se
     generator = torch.Generator().manual_seed(seed)
     texts = [list(prompt) for prompt in prompts]
     for _ in range(length):
-        batch = pack([bytes([*text[-model.config.context :], 0]) for text in texts])
+        batch = pack([bytes([*text[-model.config.context :], 0]) for text in texts]).to(model.cos.device)
         last = batch.cu_seqlens[1:].long() - 1
-        chances = (model(batch)[last] / temperature).softmax(-1)
+        chances = (model(batch)[last] / temperature).softmax(-1).cpu()
         drawn = torch.multinomial(chances, 1, generator=generator).flatten().tolist()
         for text, byte in zip(texts, drawn, strict=True):
             text.append(byte)

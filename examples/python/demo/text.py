@@ -32,6 +32,10 @@ class Batch:
     cu_seqlens: Tensor  # (passages + 1) int32
     max_seqlen: int
 
+    def to(self, device: str | torch.device) -> Batch:
+        tensors = (self.tokens, self.targets, self.positions, self.cu_seqlens)
+        return Batch(*(x.to(device) for x in tensors), self.max_seqlen)
+
 
 def documents(root: Path = ROOT) -> list[Document]:
     """The texts under `root`, in the order of their paths: what git knows, or, without git, what lies there."""
