@@ -3,6 +3,7 @@
 --full           (or FLASH_ATTN_FULL=1) the property test draws thousands of problems instead of hundreds
 --device cuda    suites marked with `device` run there, and the others, which are about the CPU, not at all
 --backend NAME   those suites run on this backend, where it serves the call; default: the automatic choice
+--ecosystem      also the tests of tests/python/ecosystem, which need more packages: ./dev test --ecosystem
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from support import device as under_test
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", default=os.environ.get("FLASH_ATTN_FULL", "0") not in ("", "0"))
     parser.addoption("--device", default="cpu", help="run the suites of all devices there (default: cpu)")
+    parser.addoption("--ecosystem", action="store_true", help="also the tests of tests/python/ecosystem")
     parser.addoption("--backend", default=None, help="run those suites on this backend (default: automatic)")
 
 
