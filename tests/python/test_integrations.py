@@ -52,6 +52,13 @@ DECODERS = {
              v_head_dim=16, n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1,
              first_k_dense_replace=2),
     ),
+    "deepseek-v32": Model(  # an indexer chooses the keys that a query sees
+        "DeepseekV32", "DeepseekV32Config",
+        dict(num_key_value_heads=4, kv_lora_rank=16, q_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=16,
+             v_head_dim=16, n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1,
+             first_k_dense_replace=2, index_topk=4, index_n_heads=2, index_head_dim=16),
+        dense=True,
+    ),
     "llama4": Model(
         "Llama4", "Llama4TextConfig",
         dict(head_dim=16, intermediate_size_mlp=128, num_local_experts=2, attention_chunk_size=WINDOW,
@@ -376,7 +383,21 @@ def test_dropout_and_autocast():
 
 
 REFUSED = {
-    "indices": (dict(indices=torch.zeros(1), block_size=3), NotImplementedError, "indices, block_size: not known"),
+    "unknown": (dict(sinks=torch.zeros(1), block_size=3), NotImplementedError, "sinks, block_size: not known"),
+    "indices": (
+        dict(indices=torch.zeros(2, 8, 3)),
+        ValueError,
+        r"indices: .* \(batch, 9, n\), got \(2, 8, 3\) torch.f",
+    ),
+    "indices-packed": (
+        dict(
+            indices=torch.zeros(2, 9, 3),
+            cu_seq_lens_q=torch.tensor([0, 18]),
+            cu_seq_lens_k=torch.tensor([0, 18]),
+        ),
+        NotImplementedError,
+        "indices: not served beside",
+    ),
     "weights": (dict(output_attentions=True), NotImplementedError, "output_attentions: .*'eager'"),
     "sinks": (dict(s_aux=torch.zeros(3)), ValueError, r"s_aux: .* \(4\), got \(3,\)"),
     "half-packed": (dict(cu_seq_lens_q=torch.tensor([0, 9])), ValueError, "cu_seq_lens_k: .* got None"),
@@ -401,7 +422,7 @@ def test_refusals(case):
 def test_keywords_that_say_nothing_are_let_through():
     q, module = torch.randn(2, 4, 9, 16), types.SimpleNamespace(is_causal=True)
     said = {name: object() for name in plus.HARMLESS}
-    out, _ = plus.attention(module, q, q, q, None, indices=None, output_attentions=False, **said)
+    out, _ = plus.attention(module, q, q, q, None, block_size=None, output_attentions=False, **said)
     assert torch.equal(out, plus.attention(module, q, q, q, None)[0])
 
 

@@ -89,6 +89,7 @@ def attention(
     max_length_q: int | None = None,
     max_length_k: int | None = None,
     deterministic: bool | None = None,
+    indices: Tensor | None = None,
     **others,
 ) -> tuple[Tensor, None]:
     """query (batch, nheads, seqlen_q, headdim), key, value (batch, nheads_k, seqlen_k, ...)
@@ -104,6 +105,8 @@ def attention(
     s_aux (nheads): sinks. position_bias (batch|1, nheads|1, seqlen_q, seqlen_k): added to the scores.
     cu_seq_lens_q, cu_seq_lens_k (n + 1), max_length_q, max_length_k: several sequences in one row. Without them
         position_ids (batch|1, seqlen) that start anew say it of a causal mask without padding.
+    indices (batch, seqlen_q, n) int: a query sees these keys alone, of those that the mask lets it see (DeepSeek-V3.2).
+        They are a mask of seqlen_q x seqlen_k here, as they are in "eager".
     """
     _check_others(others)
     query, key, value = _as_autocast(query, key, value)
@@ -120,6 +123,8 @@ def attention(
     left = -1 if sliding_window is None else sliding_window - 1
     right = 0 if is_causal else left
     if cu_seq_lens_q is not None or cu_seq_lens_k is not None:
+        if indices is not None:
+            raise NotServed("indices: not served beside cu_seq_lens_q and cu_seq_lens_k, which pack sequences")
         if isinstance(attention_mask, RowMask) and attention_mask.padding == "none":
             left, right = attention_mask.left, attention_mask.right
         elif attention_mask is not None:
@@ -132,6 +137,8 @@ def attention(
         starts_k = _as_starts("k", cu_seq_lens_k, max_length_k)
         return attend_packed(q, k, v, starts_q, starts_k, left, right, scores), None
     if attention_mask is not None and attention_mask.dim() == 4 and not isinstance(attention_mask, RowMask):
+        if indices is not None:
+            attention_mask = _chosen(attention_mask, indices, q.shape[1], k.shape[1])
         return _attend_dense(q, k, v, attention_mask, position_bias, scores), None
     if attention_mask is None or attention_mask.dim() == 2:
         attention_mask, k, v = _own_mask(q, k, v, attention_mask, left, right)
@@ -141,6 +148,9 @@ def attention(
         raise InvalidArgument(f"attention_mask: expected {expected} or (batch, seqlen_k), got {got}")
     if position_ids is not None:
         attention_mask = _with_sequences(attention_mask, position_ids)
+    if indices is not None:
+        attention_mask = _chosen(attention_mask.dense(), indices, q.shape[1], k.shape[1])
+        return _attend_dense(q, k, v, attention_mask, position_bias, scores), None
     bias = None if position_bias is None else position_bias.expand(-1, -1, -1, k.shape[1])
     return attend(q, k, v, attention_mask, scores, bias), None
 
@@ -183,6 +193,16 @@ def _attend_dense(q, k, v, attention_mask: Tensor, position_bias: Tensor | None,
     bias = as_bias(attention_mask, q.dtype) if attention_mask.dtype == torch.bool else attention_mask
     bias = bias.expand(-1, -1, -1, k.shape[1])
     return flash_attn_func(q, k, v, attn_bias=bias if position_bias is None else bias + position_bias, **scores)
+
+
+def _chosen(mask: Tensor, indices: Tensor, seqlen_q: int, seqlen_k: int) -> Tensor:
+    """The mask (batch|1, nheads|1, seqlen_q, seqlen_k), bool or added, without the keys that are not among indices."""
+    if indices.dim() != 3 or indices.shape[1] != seqlen_q or indices.is_floating_point():
+        got = f"{tuple(indices.shape)} {indices.dtype}"
+        raise InvalidArgument(f"indices: expected integers (batch, {seqlen_q}, n), got {got}")
+    chosen = torch.zeros((*indices.shape[:2], seqlen_k), dtype=torch.bool, device=indices.device)
+    chosen = chosen.scatter_(-1, indices.long(), True)[:, None]
+    return mask & chosen if mask.dtype == torch.bool else mask.masked_fill(~chosen, -torch.inf)
 
 
 def _own_mask(q, k, v, padding_mask: Tensor | None, left: int, right: int) -> tuple:
