@@ -1,4 +1,4 @@
-"""Other libraries on this one: flash_attn.integrations.transformers and flash_attn.integrations.sdpa.
+"""Other libraries on this one: flash_attn.integrations.transformers, .diffusers and .sdpa.
 
-Neither is imported before it is asked for, and nothing is patched before its enable() (or `with sdpa.routed():`).
+None is imported before it is asked for, and nothing is patched before its enable() (or `with sdpa.routed():`).
 """

@@ -1,0 +1,190 @@
+"""diffusers' attention dispatcher on this library: its own native attention in float64 is the measure."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import FluxTransformer2DModel, QwenImageTransformer2DModel, WanTransformer3DModel
+from diffusers.models import attention_dispatch as dispatch
+from flash_attn.integrations import diffusers as plus
+
+BATCH, SEQLEN_Q, SEQLEN_K, NHEADS, HEADDIM = 2, 7, 9, 4, 16
+TOLERANCE = 32 * torch.finfo(torch.float32).eps  # of the largest element
+
+
+@pytest.fixture(autouse=True)
+def enabled():
+    plus.enable()
+    yield
+    plus.disable()
+
+
+def masks() -> dict[str, torch.Tensor | None]:
+    generator = torch.Generator().manual_seed(2)
+    full = (BATCH, NHEADS, SEQLEN_Q, SEQLEN_K)
+    some = torch.rand(full, generator=generator) < 0.6
+    some[..., 0] = True  # a row that sees nothing is 0 here and NaN there
+    first = torch.arange(SEQLEN_K) < torch.tensor([[5], [9]])
+    return {
+        "none": None,
+        "first keys": first,
+        "last keys": torch.arange(SEQLEN_K) >= torch.tensor([[4], [0]]),
+        "holes": some[:, 0, 0],
+        "keys of four dimensions": first[:, None, None],
+        "keys of all": first[:1, None, None],
+        "a matrix": some[0, 0],
+        "a matrix each": some[:, :1],
+        "all": some,
+        "added": torch.randn(full, generator=generator),
+        "added to keys": torch.randn((BATCH, SEQLEN_K), generator=generator),
+    }
+
+
+def inputs(nheads_k: int = NHEADS, dtype=torch.float32):
+    shapes = (SEQLEN_Q, NHEADS), (SEQLEN_K, nheads_k), (SEQLEN_K, nheads_k)
+    return [torch.randn(BATCH, s, h, HEADDIM, dtype=dtype, requires_grad=True) for s, h in shapes]
+
+
+def native(q, k, v, mask, **options):
+    mask = mask.double() if mask is not None and mask.is_floating_point() else mask
+    tensors = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    return tensors, dispatch.dispatch_attention_fn(*tensors, mask, backend="native", **options)
+
+
+def assert_close(got, expected, eps: float = TOLERANCE):
+    assert (got.double() - expected).abs().max() <= eps * expected.abs().max()
+
+
+@pytest.mark.parametrize("backend", plus.BACKENDS)
+@pytest.mark.parametrize("kind", masks())
+def test_every_mask(kind, backend):
+    q, k, v = inputs()
+    mask = masks()[kind]
+    out = dispatch.dispatch_attention_fn(q, k, v, mask, scale=0.3, backend=backend)
+    tensors, expected = native(q, k, v, mask, scale=0.3)
+    dout = torch.randn_like(out)
+    assert_close(out, expected)
+    for x, y in zip(torch.autograd.grad(out, (q, k, v), dout), torch.autograd.grad(expected, tensors, dout.double())):
+        assert_close(x, y)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", ["none", "first keys", "added"])
+def test_16_bits(kind, dtype):
+    q, k, v = inputs(dtype=dtype)
+    mask = masks()[kind]
+    mask = mask.to(dtype) if kind == "added" else mask
+    out = dispatch.dispatch_attention_fn(q, k, v, mask, backend="flash")
+    assert out.dtype == dtype
+    assert_close(out, native(q, k, v, mask)[1], 2 * torch.finfo(dtype).eps)
+
+
+def test_groups_windows_and_lse():
+    q, k, v = inputs(nheads_k=2)
+    expected = native(q, k, v, None, enable_gqa=True)[1]
+    assert_close(dispatch.dispatch_attention_fn(q, k, v, enable_gqa=True, backend="flash"), expected)
+    seen = torch.arange(SEQLEN_K) - torch.arange(SEQLEN_Q)[:, None] - (SEQLEN_K - SEQLEN_Q)
+    seen = (seen <= 0) & (seen >= -3)
+    expected = native(q, k, v, seen, enable_gqa=True)[1]
+    window = dict(attention_kwargs=dict(window_size=(3, 0)), backend="flash")
+    assert_close(dispatch.dispatch_attention_fn(q, k, v, **window), expected)
+    first = masks()["first keys"]
+    expected = native(q, k, v, seen & first[:, None, None], enable_gqa=True)[1]
+    assert_close(dispatch.dispatch_attention_fn(q, k, v, first, **window), expected)
+    scores = torch.einsum("bihd,bjhd->bhij", q.double(), k.double().repeat_interleave(2, 2)) * HEADDIM**-0.5
+    lse = scores.masked_fill(~first[:, None, None], -torch.inf).logsumexp(-1)
+    for backend in plus.BACKENDS:
+        options = dict(attention_kwargs=dict(return_lse=True), backend=backend)
+        out, got = dispatch.dispatch_attention_fn(q, k, v, first, **options)
+        assert_close(out, native(q, k, v, first, enable_gqa=True)[1])
+        assert_close(got, lse.transpose(1, 2) if backend == "_flash_3" else lse)
+
+
+def flux():
+    model = FluxTransformer2DModel(
+        in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=32, pooled_projection_dim=32, axes_dims_rope=(4, 4, 8),
+    )  # fmt: skip
+    return model, dict(
+        hidden_states=torch.randn(2, 16, 4), encoder_hidden_states=torch.randn(2, 8, 32),
+        pooled_projections=torch.randn(2, 32), img_ids=torch.randn(16, 3), txt_ids=torch.randn(8, 3),
+        timestep=torch.tensor([1.0, 0.5]),
+    )  # fmt: skip
+
+
+def qwen_image():
+    """Texts of several lengths: a mask of keys, with a hole between the texts and the image."""
+    model = QwenImageTransformer2DModel(
+        in_channels=16, out_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=3,
+        joint_attention_dim=16, axes_dims_rope=(8, 4, 4),
+    )  # fmt: skip
+    mask = torch.ones(2, 7, dtype=torch.bool)
+    mask[0, 4:] = False
+    return model, dict(
+        hidden_states=torch.randn(2, 16, 16), encoder_hidden_states=torch.randn(2, 7, 16),
+        encoder_hidden_states_mask=mask, timestep=torch.tensor([1.0, 0.5]), img_shapes=[[(1, 4, 4)]] * 2,
+    )  # fmt: skip
+
+
+def wan():
+    model = WanTransformer3DModel(
+        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4,
+        text_dim=16, freq_dim=64, ffn_dim=32, num_layers=2, cross_attn_norm=True,
+        qk_norm="rms_norm_across_heads", rope_max_seq_len=32,
+    )  # fmt: skip
+    return model, dict(
+        hidden_states=torch.randn(2, 4, 2, 8, 8), encoder_hidden_states=torch.randn(2, 6, 16),
+        timestep=torch.tensor([1.0, 0.5]),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", ["flash", "flash_varlen"])
+@pytest.mark.parametrize("make", [flux, qwen_image, wan])
+def test_models(make, backend, monkeypatch):
+    model, arguments = make()
+    called = []
+    own = plus.attention
+    monkeypatch.setattr(plus, "attention", lambda *a, **k: called.append(1) or own(*a, **k))
+    results = []
+    for name in ("native", backend):
+        model.set_attention_backend(name)
+        model.zero_grad()
+        out = model(**arguments, return_dict=False)[0]
+        out.square().mean().backward()
+        results.append([out.detach()] + [x.grad for x in model.parameters() if x.grad is not None])
+        assert bool(called) == (name == backend)
+    scale = max(x.abs().max() for x in results[0][1:])
+    assert len(results[0]) == len(results[1]) > 10
+    for i, (x, y) in enumerate(zip(*results, strict=True)):
+        assert (x - y).abs().max() <= TOLERANCE * (scale if i else x.abs().max())
+
+
+def test_a_context_compiled():
+    def step(q, k, v, mask):
+        return dispatch.dispatch_attention_fn(q, k, v, mask, backend=dispatch.AttentionBackendName.FLASH)
+
+    q, k, v = inputs()
+    torch.compiler.reset()
+    compiled = torch.compile(step, backend="eager", fullgraph=True)
+    for kind in ("none", "first keys"):
+        assert_close(compiled(q, k, v, masks()[kind]), native(q, k, v, masks()[kind])[1])
+    with dispatch.attention_backend("flash"):
+        assert_close(dispatch.dispatch_attention_fn(q, k, v), native(q, k, v, None)[1])
+
+
+def test_masks_that_do_not_fit():
+    q, k, v = inputs()
+    with pytest.raises(ValueError, match=r"attn_mask: expected what broadcasts to \(2, 4, 7, 9\), got \(3, 1, 7, 9\)"):
+        dispatch.dispatch_attention_fn(q, k, v, torch.ones(3, 7, 9, dtype=torch.bool), backend="flash")
+
+
+def test_disable_leaves_nothing():
+    registry = dispatch._AttentionBackendRegistry
+    flash = dispatch.AttentionBackendName.FLASH
+    ours = registry._backends[flash]
+    assert plus.enable() == plus.BACKENDS and registry._backends[flash] is ours  # twice is once
+    plus.disable()
+    assert registry._backends[flash] is dispatch._flash_attention
+    assert registry._supported_arg_names[flash] >= {"query", "return_lse"} and len(registry._constraints[flash]) == 3
+    plus.disable()
+    assert not plus._own
