@@ -1,4 +1,4 @@
-"""Models of transformers on our attention: what takes longer than tests/python/test_integrations.py, over all its models.
+"""Models of transformers on our attention: what takes longer than test_integrations.py, over all of its models.
 
 There, logits and gradients are compared with "eager" in fp32, and generation token by token, under every padding.
 """
