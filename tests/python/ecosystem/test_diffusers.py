@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import pytest
+import test_integrations_diffusers as quick
 import torch
 from diffusers import FluxTransformer2DModel, QwenImageTransformer2DModel, WanTransformer3DModel
 from diffusers.models import attention_dispatch as dispatch
 from flash_attn.integrations import diffusers as plus
 
-BATCH, SEQLEN_Q, SEQLEN_K, NHEADS, HEADDIM = 2, 7, 9, 4, 16
-TOLERANCE = 32 * torch.finfo(torch.float32).eps  # of the largest element
+KINDS = ("none", "first", "holes", "full", "added")
+TOLERANCE = quick.TOLERANCE
 
 
 @pytest.fixture(autouse=True)
@@ -19,30 +20,8 @@ def enabled():
     plus.disable()
 
 
-def masks() -> dict[str, torch.Tensor | None]:
-    generator = torch.Generator().manual_seed(2)
-    full = (BATCH, NHEADS, SEQLEN_Q, SEQLEN_K)
-    some = torch.rand(full, generator=generator) < 0.6
-    some[..., 0] = True  # a row that sees nothing is 0 here and NaN there
-    first = torch.arange(SEQLEN_K) < torch.tensor([[5], [9]])
-    return {
-        "none": None,
-        "first keys": first,
-        "last keys": torch.arange(SEQLEN_K) >= torch.tensor([[4], [0]]),
-        "holes": some[:, 0, 0],
-        "keys of four dimensions": first[:, None, None],
-        "keys of all": first[:1, None, None],
-        "a matrix": some[0, 0],
-        "a matrix each": some[:, :1],
-        "all": some,
-        "added": torch.randn(full, generator=generator),
-        "added to keys": torch.randn((BATCH, SEQLEN_K), generator=generator),
-    }
-
-
-def inputs(nheads_k: int = NHEADS, dtype=torch.float32):
-    shapes = (SEQLEN_Q, NHEADS), (SEQLEN_K, nheads_k), (SEQLEN_K, nheads_k)
-    return [torch.randn(BATCH, s, h, HEADDIM, dtype=dtype, requires_grad=True) for s, h in shapes]
+def mask_of(kind: str) -> torch.Tensor | None:
+    return None if kind == "none" else quick.masks()[kind]
 
 
 def native(q, k, v, mask, **options):
@@ -56,10 +35,10 @@ def assert_close(got, expected, eps: float = TOLERANCE):
 
 
 @pytest.mark.parametrize("backend", plus.BACKENDS)
-@pytest.mark.parametrize("kind", masks())
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_mask(kind, backend):
-    q, k, v = inputs()
-    mask = masks()[kind]
+    q, k, v = quick.tensors()
+    mask = mask_of(kind)
     out = dispatch.dispatch_attention_fn(q, k, v, mask, scale=0.3, backend=backend)
     tensors, expected = native(q, k, v, mask, scale=0.3)
     dout = torch.randn_like(out)
@@ -70,35 +49,28 @@ def test_every_mask(kind, backend):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("kind", ["none", "first keys", "added"])
+@pytest.mark.parametrize("kind", ["none", "first", "added"])
 def test_16_bits(kind, dtype):
-    q, k, v = inputs(dtype=dtype)
-    mask = masks()[kind]
+    q, k, v = (x.to(dtype) for x in quick.tensors())
+    mask = mask_of(kind)
     mask = mask.to(dtype) if kind == "added" else mask
     out = dispatch.dispatch_attention_fn(q, k, v, mask, backend="flash")
     assert out.dtype == dtype
     assert_close(out, native(q, k, v, mask)[1], 2 * torch.finfo(dtype).eps)
 
 
-def test_groups_windows_and_lse():
-    q, k, v = inputs(nheads_k=2)
-    expected = native(q, k, v, None, enable_gqa=True)[1]
-    assert_close(dispatch.dispatch_attention_fn(q, k, v, enable_gqa=True, backend="flash"), expected)
-    seen = torch.arange(SEQLEN_K) - torch.arange(SEQLEN_Q)[:, None] - (SEQLEN_K - SEQLEN_Q)
-    seen = (seen <= 0) & (seen >= -3)
-    expected = native(q, k, v, seen, enable_gqa=True)[1]
-    window = dict(attention_kwargs=dict(window_size=(3, 0)), backend="flash")
-    assert_close(dispatch.dispatch_attention_fn(q, k, v, **window), expected)
-    first = masks()["first keys"]
-    expected = native(q, k, v, seen & first[:, None, None], enable_gqa=True)[1]
-    assert_close(dispatch.dispatch_attention_fn(q, k, v, first, **window), expected)
-    scores = torch.einsum("bihd,bjhd->bhij", q.double(), k.double().repeat_interleave(2, 2)) * HEADDIM**-0.5
-    lse = scores.masked_fill(~first[:, None, None], -torch.inf).logsumexp(-1)
+def test_groups_and_lse():
+    q, k, v = quick.tensors(nheads_k=2)
+    expected = native(q, k, v, mask_of("first"), enable_gqa=True)[1]
+    lse = {}
     for backend in plus.BACKENDS:
-        options = dict(attention_kwargs=dict(return_lse=True), backend=backend)
-        out, got = dispatch.dispatch_attention_fn(q, k, v, first, **options)
-        assert_close(out, native(q, k, v, first, enable_gqa=True)[1])
-        assert_close(got, lse.transpose(1, 2) if backend == "_flash_3" else lse)
+        options = dict(attention_kwargs=dict(return_lse=True), enable_gqa=True, backend=backend)
+        out, lse[backend] = dispatch.dispatch_attention_fn(q, k, v, mask_of("first"), **options)
+        assert_close(out, expected)
+    assert lse["flash"].shape == (quick.BATCH, quick.NHEADS, quick.SEQLEN_Q)
+    assert torch.equal(lse["_flash_3"], lse["flash"].transpose(1, 2))  # as diffusers has it of FlashAttention-3
+    got = dispatch.dispatch_attention_fn(q, k, v, attention_kwargs=dict(window_size=(3, 0)), backend="flash")
+    assert torch.equal(got, plus.attention(q, k, v, window_size=(3, 0)))
 
 
 def flux():
@@ -164,17 +136,17 @@ def test_a_context_compiled():
     def step(q, k, v, mask):
         return dispatch.dispatch_attention_fn(q, k, v, mask, backend=dispatch.AttentionBackendName.FLASH)
 
-    q, k, v = inputs()
+    q, k, v = quick.tensors()
     torch.compiler.reset()
     compiled = torch.compile(step, backend="eager", fullgraph=True)
-    for kind in ("none", "first keys"):
-        assert_close(compiled(q, k, v, masks()[kind]), native(q, k, v, masks()[kind])[1])
+    for kind in ("none", "first"):
+        assert_close(compiled(q, k, v, mask_of(kind)), native(q, k, v, mask_of(kind))[1])
     with dispatch.attention_backend("flash"):
         assert_close(dispatch.dispatch_attention_fn(q, k, v), native(q, k, v, None)[1])
 
 
 def test_masks_that_do_not_fit():
-    q, k, v = inputs()
+    q, k, v = quick.tensors()
     with pytest.raises(ValueError, match=r"attn_mask: expected what broadcasts to \(2, 4, 7, 9\), got \(3, 1, 7, 9\)"):
         dispatch.dispatch_attention_fn(q, k, v, torch.ones(3, 7, 9, dtype=torch.bool), backend="flash")
 
