@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import test_integrations_diffusers as quick
 import torch
@@ -161,3 +166,9 @@ def test_disable_leaves_nothing():
     assert registry._supported_arg_names[flash] >= {"query", "return_lse"} and len(registry._constraints[flash]) == 3
     plus.disable()
     assert not plus._own
+
+
+def test_over_two_processes():
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    script = Path(__file__).with_name("context_parallel.py")
+    subprocess.run([*launch, str(script)], env=dict(os.environ, OMP_NUM_THREADS="1"), check=True, timeout=120)
