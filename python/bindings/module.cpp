@@ -22,6 +22,7 @@
 #include "groups.hpp"
 #include "host_threads.hpp"
 #include "hosted.hpp"
+#include "xla_handlers.hpp"
 
 namespace flash_attn::python {
 namespace {
@@ -267,6 +268,7 @@ NB_MODULE(_C, m) {
       "unregister_backend", [](const std::string& name) { unregister_backend(name); }, nb::arg("name"));
   m.def("workspace_works", &workspace_works, nb::arg("q"), nb::arg("bytes"));
   m.def("version", &version);
+  m.def("xla_handlers", &xla_handlers);
   m.def("cpu_isa", &cpu_isa);
   m.def("cpu_isas", &cpu_isas);
   m.def("num_threads", [] {
