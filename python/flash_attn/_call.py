@@ -10,10 +10,13 @@ from __future__ import annotations
 import inspect
 from typing import NamedTuple
 
-from torch import Tensor
-
 from flash_attn import _C
 from flash_attn._errors import InvalidArgument, InvalidType
+
+try:
+    from torch import Tensor
+except ModuleNotFoundError:  # flash_attn.attention takes arrays of other packages
+    Tensor = object
 
 
 class Sequences(NamedTuple):

@@ -13,7 +13,7 @@ BUILT_IN = {
         "serves": _C.feature_names(),
         "backward": _C.feature_names(),
         "max_headdim": 512,
-        "needs": ("triton",),
+        "needs": ("torch", "triton"),
     },
     # float64 where the device has it. Backends for the CPU stand before it.
     "torch": {
@@ -23,6 +23,7 @@ BUILT_IN = {
         "dtypes": ("float16", "bfloat16", "float32", "float64"),
         "serves": _C.feature_names(),
         "backward": _C.feature_names(),
+        "needs": ("torch",),
     },
     # Not automatic: see the docstring of _engines/flaggems. Vendors' devices from outside torch are "npu".
     "flaggems": {
