@@ -155,9 +155,9 @@ def _engine_of(*arrays):
 
             return _arrays_torch
         if is_a(x, "jax", "Array"):
-            from flash_attn import _arrays_jax
+            from flash_attn import _arrays_device, _arrays_jax
 
-            return _arrays_jax
+            return _arrays_device if _arrays_jax.is_on_a_device(x) else _arrays_jax
     if on_a_device(arrays[0]):
         from flash_attn import _arrays_device
 

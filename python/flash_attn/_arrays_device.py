@@ -10,29 +10,31 @@ from flash_attn._arrays_cpu import converted
 from flash_attn._errors import InvalidType, NotServed
 
 
-def _torch():
+def _engine():
     try:
-        import torch
-    except ModuleNotFoundError:
+        from flash_attn import _arrays_torch
+    except ModuleNotFoundError as e:
+        if e.name != "torch":
+            raise
         raise NotServed(
             "q: arrays on a device are served by engines written in PyTorch, which is not installed; "
             "pip install 'torch>=2.4' with support for the device, or pass arrays of the CPU"
         ) from None
-    return torch
+    return _arrays_torch
 
 
-def _views(arrays, sequences, scores):
-    torch = _torch()
+def _view(x, name: str):
+    import torch
 
-    def view(x, name):
-        if isinstance(x, torch.Tensor):
-            raise InvalidType(f"{name}: expected an array of the kind of q, got a torch.Tensor")
-        if not hasattr(x, "__dlpack__"):
-            raise InvalidType(f"{name}: expected an array with __dlpack__, got {type(x).__name__}")
-        return torch.from_dlpack(x)
+    if isinstance(x, torch.Tensor):
+        raise InvalidType(f"{name}: expected an array of the kind of q, got a torch.Tensor")
+    if not hasattr(x, "__dlpack__"):
+        raise InvalidType(f"{name}: expected an array with __dlpack__, got {type(x).__name__}")
+    return torch.from_dlpack(x)
 
-    tensors = [None if x is None else view(x, name) for name, x in arrays.items()]
-    return tensors, *converted(sequences, scores, view)
+
+def _views(**arrays) -> list:
+    return [None if x is None else _view(x, name) for name, x in arrays.items()]
 
 
 def _back(x, like):
@@ -40,19 +42,17 @@ def _back(x, like):
 
 
 def attention(q, k, v, sequences, scores, return_lse, out):
-    from flash_attn import _arrays_torch
-
-    tensors, sequences, scores = _views({"q": q, "k": k, "v": v, "out": out}, sequences, scores)
-    results = _arrays_torch.attention(*tensors[:3], sequences, scores, True, tensors[3])
+    engine = _engine()
+    tensors = _views(q=q, k=k, v=v, out=out)
+    results = engine.attention(*tensors[:3], *converted(sequences, scores, _view), True, tensors[3])
     result, lse = (_back(x, q) for x in results)  # of a given out too: the caller's stream waits for it
     out = result if out is None else out
     return (out, lse) if return_lse else out
 
 
 def attention_backward(dout, q, k, v, out, lse, dlse, sequences, scores, wants_dbias):
-    from flash_attn import _arrays_torch
-
-    arrays = {"dout": dout, "q": q, "k": k, "v": v, "out": out, "softmax_lse": lse, "dlse": dlse}
-    tensors, sequences, scores = _views(arrays, sequences, scores)
-    results = _arrays_torch.attention_backward(*tensors, sequences, scores, wants_dbias)
+    """-> dq, dk, dv, dbias or None, dsink or None."""
+    engine = _engine()
+    tensors = _views(dout=dout, q=q, k=k, v=v, out=out, softmax_lse=lse, dlse=dlse)
+    results = engine.attention_backward(*tensors, *converted(sequences, scores, _view), wants_dbias)
     return tuple(_back(x, q) for x in results)

@@ -187,6 +187,77 @@ def test_other_packages():
     assert all(np.array_equal(a.data, b) for a, b in zip(g, same, strict=True) if a is not None)
 
 
+class Borrowed:
+    """An array of some package whose memory is a torch tensor's: as CuPy's, on any device."""
+
+    def __init__(self, tensor: torch.Tensor):
+        self.tensor = tensor
+        self.shape, self.dtype, self.device = tuple(tensor.shape), tensor.dtype, tensor.device
+
+    def __dlpack__(self, stream=None, **_):
+        return self.tensor.__dlpack__() if stream is None else self.tensor.__dlpack__(stream=stream)
+
+    def __dlpack_device__(self):
+        return self.tensor.__dlpack_device__()
+
+    def __array_namespace__(self):
+        return Borrowed
+
+    float32 = torch.float32
+
+    @staticmethod
+    def empty(shape, dtype):
+        return Borrowed(torch.empty(shape, dtype=dtype))
+
+    @staticmethod
+    def from_dlpack(x):
+        return Borrowed(torch.from_dlpack(x))
+
+    @staticmethod
+    def astype(x, dtype):
+        return Borrowed(x.tensor.to(dtype))
+
+
+@pytest.mark.device
+def test_arrays_of_a_device(device):
+    q, k, v = (x.to(device) for x in tensors())
+    sink, bias = torch.randn(4, device=device), torch.randn(1, 4, 7, 9, device=device)
+    options = {"causal": True, "sink": sink, "bias": bias}
+    borrowed = {n: Borrowed(x) if isinstance(x, torch.Tensor) else x for n, x in options.items()}
+    expected, expected_lse = attention(q, k, v, **options, return_lse=True)
+    arrays = [Borrowed(x) for x in (q, k, v)]
+    out, lse = attention(*arrays, **borrowed, return_lse=True)
+    assert torch.equal(out.tensor, expected) and torch.equal(lse.tensor, expected_lse)
+    memory = Borrowed(torch.zeros_like(q))
+    assert attention(*arrays, **borrowed, out=memory) is memory and torch.equal(memory.tensor, expected)
+    g = attention_backward(out, *arrays, out, lse, **borrowed)
+    same = attention_backward(expected, q, k, v, expected, expected_lse, **options)
+    for name, a, b in zip(g._fields, g, same, strict=True):
+        assert isinstance(a, Borrowed), name
+        torch.testing.assert_close(a.tensor, b, rtol=0, atol=0 if device == "cpu" else 1e-5)
+    with pytest.raises(TypeError, match="^sink: expected an array of the kind of q, got a torch.Tensor"):
+        attention(*arrays, sink=sink)
+
+
+def test_arrays_of_an_unknown_device_become_torchs():
+    """What the path of devices does, on the CPU: this memory says that it is a device's, and torch finds the CPU's."""
+
+    class Elsewhere(Borrowed):
+        def __dlpack_device__(self):
+            return (12, 0)
+
+    q, k, v = tensors()
+    expected, expected_lse = attention(q, k, v, return_lse=True)
+    arrays = [Elsewhere(x) for x in (q, k, v)]
+    out, lse = attention(*arrays, return_lse=True)
+    assert torch.equal(out.tensor, expected) and torch.equal(lse.tensor, expected_lse)
+    g = attention_backward(*map(Elsewhere, (expected, q, k, v, expected, expected_lse)))
+    same = attention_backward(expected, q, k, v, expected, expected_lse)
+    assert all(torch.equal(a.tensor, b) for a, b in zip(g[:3], same[:3], strict=True))
+    memory = Elsewhere(torch.zeros_like(q))
+    assert attention(*arrays, out=memory) is memory and torch.equal(memory.tensor, expected)
+
+
 def test_torch_takes_the_ordinary_path():
     q, k, v = tensors()
     q.requires_grad_()
