@@ -13,21 +13,30 @@ from flash_attn._tensors import is_plain
 
 def attention(q, k, v, sequences, scores, return_lse, out):
     check_tensors(q=q, k=k, v=v)
-    plain = is_plain(q, k, v)
-    recorded = torch.is_grad_enabled() and _attention._needs_grad((q, k, v), scores)
-    if not plain and sequences.cu_seqlens_q is None and sequences is not FIXED:
-        raise NotServed("seqused_q, seqused_k, block_table: traced calls take cu_seqlens; or flash_attn_with_kvcache")
-    if out is not None and (recorded or not plain):
-        raise InvalidArgument("out: memory that is given has no gradient, and is not traced; leave it out")
-    if recorded or not plain:
-        result = _attention.attention((q, k, v), sequences, scores, 0.0, False, return_lse, "attention")
-        if not return_lse:
-            return result
-        out, lse, _ = result
-        return out, torch.where(lse == torch.inf, -torch.inf, lse)  # FlashAttention-2's sign of a row without keys
+    if not is_plain(q, k, v):
+        if sequences.cu_seqlens_q is None and sequences is not FIXED:
+            raise NotServed(
+                "seqused_q, seqused_k, block_table: traced calls take cu_seqlens; or flash_attn_with_kvcache"
+            )
+        if out is not None:
+            raise NotServed("out: traced calls have no memory to write; leave it out")
+        return _recorded(q, k, v, sequences, scores, return_lse)
+    if torch.is_grad_enabled() and _attention._needs_grad((q, k, v), scores):
+        if out is not None:
+            raise InvalidArgument("out: memory that is given has no gradient; leave it out, or use torch.no_grad()")
+        return _recorded(q, k, v, sequences, scores, return_lse)
     run = Run(current(), None, False, False, False)
     out, lse, *_ = _attention.forward(q, k, v, sequences, scores, 0.0, run, return_lse, False, out=out)
     return (out, lse) if return_lse else out
+
+
+def _recorded(q, k, v, sequences, scores, return_lse):
+    """By autograd, or in a graph."""
+    result = _attention.attention((q, k, v), sequences, scores, 0.0, False, return_lse, "attention")
+    if not return_lse:
+        return result
+    out, lse, _ = result
+    return out, torch.where(lse == torch.inf, -torch.inf, lse)  # FlashAttention-2's sign of a row without keys
 
 
 def attention_backward(dout, q, k, v, out, lse, dlse, sequences, scores, wants_dbias):

@@ -20,7 +20,7 @@ FA3 = pytest.mark.skipif(
     importlib.util.find_spec("flash_attn_interface") is None, reason="flash_attn_interface is not there"
 )
 
-pytest.importorskip("setuptools", reason="builds distributions")
+pytest.importorskip("setuptools", minversion="70.1", reason="builds wheels")
 
 
 def run(*command, **more) -> str:
