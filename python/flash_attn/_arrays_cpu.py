@@ -50,13 +50,21 @@ def readable(x, name: str):
     return exportable(x)
 
 
+def namespace(x):
+    """The functions of an array's package: by the array API's standard, or the package itself (CuPy)."""
+    if hasattr(x, "__array_namespace__"):
+        return x.__array_namespace__()
+    package = sys.modules[type(x).__module__.partition(".")[0]]
+    if not hasattr(package, "empty"):
+        raise InvalidType(f"q: expected an array with __array_namespace__, got {type(x).__name__}")
+    return package
+
+
 def _empty(like, shape: tuple, float32: bool = False):
     """Memory in the kind of `like`, of its dtype or of float32."""
     if is_a(like, "numpy", "ndarray"):
         return sys.modules["numpy"].empty(shape, "float32" if float32 else like.dtype)
-    if not hasattr(like, "__array_namespace__"):
-        raise InvalidType(f"q: expected an array with __array_namespace__, got {type(like).__name__}")
-    xp = like.__array_namespace__()
+    xp = namespace(like)
     return xp.empty(shape, dtype=xp.float32 if float32 else like.dtype)
 
 
@@ -109,7 +117,8 @@ def attention_backward(dout, q, k, v, out, lse, dlse, sequences, scores, wants_d
 def _cast(x, like):
     if is_a(x, "numpy", "ndarray"):
         return x.astype(like.dtype, copy=False)
-    return x.__array_namespace__().astype(x, like.dtype)
+    xp = namespace(x)
+    return xp.astype(x, like.dtype) if hasattr(xp, "astype") else x.astype(like.dtype)
 
 
 def _run_hosted(which: str, call: tuple) -> None:

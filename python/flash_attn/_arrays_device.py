@@ -6,7 +6,7 @@ the two packages' streams: torch's waits for the arrays, the caller's for the re
 
 from __future__ import annotations
 
-from flash_attn._arrays_cpu import converted
+from flash_attn._arrays_cpu import converted, namespace
 from flash_attn._errors import InvalidType, NotServed
 
 
@@ -38,7 +38,7 @@ def _views(**arrays) -> list:
 
 
 def _back(x, like):
-    return None if x is None else like.__array_namespace__().from_dlpack(x)
+    return None if x is None else namespace(like).from_dlpack(x)
 
 
 def attention(q, k, v, sequences, scores, return_lse, out):

@@ -85,7 +85,7 @@ def check_constants(scores: Scores) -> None:
 def _needs_grad(inputs, scores) -> bool:
     check_constants(scores)
     for x in (*inputs, scores.learnable_sink, scores.attn_bias):
-        if x is not None and getattr(x, "requires_grad", False):
+        if isinstance(x, Tensor) and x.requires_grad:
             return True
     return False
 

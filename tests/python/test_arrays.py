@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+import types
+
 import flash_attn
 import numpy as np
 import pytest
@@ -10,6 +13,7 @@ from flash_attn import attention, attention_backward
 from support import formula
 from support.arrays import numpy_array, tensor
 from support.compare import assert_as_exact, cancelling_terms, dot_terms, score_terms
+from torch._subclasses import FakeTensorMode
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -258,6 +262,21 @@ def test_arrays_of_an_unknown_device_become_torchs():
     assert attention(*arrays, out=memory) is memory and torch.equal(memory.tensor, expected)
 
 
+def test_a_package_that_is_its_own_namespace(monkeypatch):
+    """CuPy's arrays have no __array_namespace__: the functions are those of their package."""
+
+    class Plain(Foreign):
+        __array_namespace__ = property()
+
+    package = types.ModuleType("plain")
+    package.empty, package.float32 = lambda shape, dtype: Plain(np.empty(shape, dtype)), np.float32
+    monkeypatch.setitem(sys.modules, "plain", package)
+    Plain.__module__ = "plain.core"
+    q, k, v = arrays(*tensors())
+    out = attention(*map(Plain, (q, k, v)))
+    assert type(out) is Plain and np.array_equal(out.data, attention(q, k, v))
+
+
 def test_torch_takes_the_ordinary_path():
     q, k, v = tensors()
     q.requires_grad_()
@@ -292,9 +311,13 @@ def test_torch_traced():
     expected = attention(q, k, v, causal=True, return_lse=True)
     for a, b in zip(compiled(q, k, v), expected, strict=True):
         assert torch.equal(a, b)
-    with pytest.raises(Exception, match="traced calls take cu_seqlens"):
-        used = torch.tensor([2, 3], dtype=torch.int32)
-        torch.compile(lambda *x: attention(*x, seqused_k=used), backend="eager", fullgraph=True)(q, k, v)
+    with FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(x) for x in (q, k, v)]
+        assert attention(*fakes).shape == q.shape
+        with pytest.raises(NotImplementedError, match="traced calls take cu_seqlens"):
+            attention(*fakes, seqused_k=torch.empty(2, dtype=torch.int32))
+        with pytest.raises(NotImplementedError, match="out: traced calls have no memory to write"):
+            attention(*fakes, out=torch.empty(q.shape))
 
 
 Q, K, V = (np.zeros((2, n, h, 16), np.float32) for n, h in ((7, 4), (9, 2), (9, 2)))
