@@ -196,7 +196,14 @@ _gradients = jax.jit(_backward, static_argnums=(0, 2, 3))
 def _arrays_of(sequences: Sequences, scores: Scores, **arrays) -> dict:
     arrays |= {name: getattr(sequences, name) for name in TABLES}
     arrays |= {"alibi_slopes": scores.alibi_slopes, "sink": scores.learnable_sink, "bias": scores.attn_bias}
-    return {name: as_jax(x, name) for name, x in arrays.items() if x is not None}
+    arrays = {name: as_jax(x, name) for name, x in arrays.items() if x is not None}
+    for name, x in arrays.items():
+        if is_on_a_device(x):
+            raise NotServed(
+                f"{name}: a JAX array of a device is served in calls that nobody traces (no jit, grad, vmap), with all "
+                "others there too; traced calls, and their gradients, are served on the CPU"
+            )
+    return arrays
 
 
 def as_jax(x, name: str):
@@ -204,8 +211,6 @@ def as_jax(x, name: str):
         if not is_a(x, "numpy", "ndarray"):
             raise InvalidType(f"{name}: expected a jax.Array, got {type(x).__name__}")
         x = jnp.asarray(x)
-    if is_on_a_device(x):
-        raise NotServed(f"{name}: expected an array on the CPU, as the others are")
     return x
 
 

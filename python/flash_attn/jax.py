@@ -1,4 +1,4 @@
-"""Attention for JAX, with gradient, under jit, grad, vmap and remat. CPU only.
+"""Attention for JAX, with gradient, under jit, grad, vmap and remat, on the CPU; on a GPU eager calls without gradient.
 
 XLA calls the core from inside its compiled programs through jax.ffi: it works on XLA's own buffers, without a copy
 (unless XLA keeps an operand in another layout than row-major), without Python and without a callback.

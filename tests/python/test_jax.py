@@ -11,6 +11,8 @@ from support.arrays import numpy_array, tensor
 from support.compare import assert_as_exact, cancelling_terms, dot_terms, score_terms
 
 jax = pytest.importorskip("jax")
+from flash_attn import _arrays_jax  # noqa: E402  # needs JAX
+
 jnp = jax.numpy
 attention = flash_attn.attention
 
@@ -187,6 +189,14 @@ Q, K, V = (np.zeros((2, n, h, 16), np.float32) for n, h in ((7, 4), (9, 2), (9, 
 def test_errors_are_in_words(call, error, words):
     with pytest.raises(error, match=words):
         jax.block_until_ready(call(*(jnp.asarray(x) for x in (Q, K, V))))
+
+
+def test_arrays_of_a_device_are_not_traced(monkeypatch):
+    """k is a device's, and a constant of a function that is differentiated."""
+    q, k, v = jax_arrays(*tensors())
+    monkeypatch.setattr(_arrays_jax, "is_on_a_device", lambda x: x is k)
+    with pytest.raises(NotImplementedError, match="^k: a JAX array of a device is served in calls that nobody traces"):
+        jax.grad(lambda q: attention(q, k, v).sum())(q)
 
 
 def test_the_backend_is_chosen_while_tracing():
