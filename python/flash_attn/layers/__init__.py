@@ -1,0 +1,1 @@
+"""Layers: rotary embedding, patches of images."""

@@ -1,0 +1,1 @@
+"""What surrounds attention in a transformer: norms, activations, losses, linear layers, on PyTorch operations."""

@@ -1,0 +1,195 @@
+"""LayerNorm (Ba et al., arXiv 1607.06450) and RMSNorm (Zhang and Sennrich, arXiv 1910.07467), with what comes before.
+
+    h = dropout(rowscale * x) + dropout(x1) + residual          the residual stream
+    y = h_hat * weight + bias,  y1 = h_hat * weight1 + bias1    h_hat: h normalised over its last dimension
+
+Arithmetic in fp32 (fp64 where an input is), in blocks of rows, each result rounded once. What is kept for the gradient:
+h in the dtype of the residual (x itself where nothing precedes), a mean and a 1 / deviation per row, and a byte per
+element under dropout.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from flash_attn._errors import InvalidArgument, NotServed
+from flash_attn.ops._blocks import row_blocks
+
+
+class Options(NamedTuple):
+    eps: float
+    is_rms_norm: bool
+    zero_centered_weight: bool = False
+    dropout_p: float = 0.0
+
+
+def arithmetic(*tensors: Tensor | None) -> torch.dtype:
+    dtype = torch.float32
+    for t in tensors:
+        if t is not None:
+            dtype = torch.promote_types(dtype, t.dtype)
+    return dtype
+
+
+def check(x: Tensor, options: Options, **tensors: Tensor | None) -> None:
+    """`tensors`, by name: those of x's shape, rowscale, and parameters."""
+    expected = dict.fromkeys(("residual", "x1", "out", "residual_out"), x.shape) | {"rowscale": x.shape[:-1]}
+    if tensors["weight"] is None:
+        raise InvalidArgument(f"weight: expected shape {tuple(x.shape[-1:])}, got None")
+    for name, t in tensors.items():
+        shape = tuple(expected.get(name, x.shape[-1:]))
+        if t is not None and tuple(t.shape) != shape:
+            raise InvalidArgument(f"{name}: expected shape {shape}, got {tuple(t.shape)}")
+    if not 0 <= options.dropout_p <= 1:
+        raise InvalidArgument(f"dropout_p: expected a probability, got {options.dropout_p}")
+    rowscale = tensors.get("rowscale")
+    if rowscale is not None and tensors["x1"] is not None:
+        raise InvalidArgument("rowscale: expected none beside x1, got both")
+    if rowscale is not None and rowscale.requires_grad:
+        raise NotServed("rowscale has no gradient here; multiply x by it where it is learned")
+
+
+def _rows(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.reshape(-1, x.shape[-1])
+
+
+def _at(block: slice, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    return tuple(None if t is None else t[block] for t in tensors)
+
+
+def _add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return b if a is None else a if b is None else a + b
+
+
+class Branch(NamedTuple):
+    """What x or x1 goes through on its way into the stream."""
+
+    rowscale: Tensor | None  # (rows, 1)
+    keep: Tensor | None  # bool (rows, columns)
+    dropout_p: float
+
+    def at(self, block: slice) -> Branch:
+        return Branch(*_at(block, self.rowscale, self.keep), self.dropout_p)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Also the gradient's way back: all of it is multiplication."""
+        if self.rowscale is not None:
+            x = x * self.rowscale
+        if self.keep is not None:
+            x = x * self.keep * (1 / (1 - self.dropout_p) if self.dropout_p < 1 else 0.0)
+        return x
+
+
+def branches(options: Options, x: Tensor, x1: Tensor | None, rowscale: Tensor | None) -> tuple[Branch, Branch | None]:
+    """Draws the dropout masks."""
+
+    def keep(t: Tensor) -> Tensor | None:
+        shape = (t.shape[:-1].numel(), t.shape[-1])
+        if options.dropout_p == 0:
+            return None
+        return torch.empty(shape, dtype=torch.bool, device=t.device).bernoulli_(1 - options.dropout_p)
+
+    scale = None if rowscale is None else rowscale.detach().reshape(-1, 1)
+    first = Branch(scale, keep(x), options.dropout_p)
+    return first, None if x1 is None else Branch(None, keep(x1), options.dropout_p)
+
+
+def _affine(weights, biases, options: Options, dtype: torch.dtype) -> list[tuple[Tensor, Tensor | None]]:
+    """(weight, bias) pairs in the dtype of the arithmetic."""
+    shift = 1 if options.zero_centered_weight else 0
+    pairs = zip(weights, biases, strict=True)
+    return [(w.to(dtype) + shift, None if b is None else b.to(dtype)) for w, b in pairs if w is not None]
+
+
+def _normalised(h: Tensor, weight: Tensor, bias: Tensor | None, options: Options):
+    """h (rows, columns) -> y, mean (rows, 1) or None, 1 / deviation (rows, 1). All in one dtype."""
+    if not options.is_rms_norm:
+        return torch.native_layer_norm(h, h.shape[-1:], weight, bias, options.eps)
+    rstd = (torch.linalg.vector_norm(h, dim=-1, keepdim=True).square() / h.shape[-1] + options.eps).rsqrt()
+    y = (h * rstd).mul_(weight)
+    return y if bias is None else y.add_(bias), None, rstd
+
+
+def _gradients(dy: Tensor, h: Tensor, mean: Tensor | None, rstd: Tensor, weight: Tensor, bias: Tensor | None):
+    """-> dh (rows, columns), dweight (columns), dbias (columns) or None.
+
+    RMSNorm: with t = dy * h, dweight = t' rstd, and dh = rstd * (dy * weight - h * rstd^2 * (t weight) / columns).
+    """
+    if mean is not None:
+        wanted = [True, True, bias is not None]
+        return torch.ops.aten.native_layer_norm_backward(dy, h, h.shape[-1:], mean, rstd, weight, bias, wanted)
+    t = dy * h
+    dweight = torch.mv(t.t(), rstd[:, 0])
+    projection = torch.mv(t, weight)[:, None] * rstd.square() / h.shape[-1]
+    dh = (dy * weight).addcmul_(h, projection, value=-1).mul_(rstd)
+    return dh, dweight, None if bias is None else dy.sum(0)
+
+
+def norm_forward(x, weights, biases, options: Options, residual=None, x1=None, way=None, way1=None,
+                 stream_dtype=None, out_dtype=None):  # fmt: skip
+    """-> [y, ...], h, mean, rstd. x, residual, x1, y, h (..., columns); mean and rstd (rows, 1), mean None of RMSNorm.
+
+    h is x itself where nothing comes before the norm and its dtype is that of the stream.
+    """
+    dtype = arithmetic(x, residual, x1, *weights)
+    pairs = _affine(weights, biases, options, dtype)
+    way = way or Branch(None, None, 0.0)
+    stream_dtype = stream_dtype or (x.dtype if residual is None else residual.dtype)
+    given = [_rows(t) for t in (x, x1, residual)]
+    alone = residual is None and x1 is None and way.rowscale is None and way.keep is None
+    rows = given[0].shape[0]
+    h_out = None if alone and stream_dtype == x.dtype else x.new_empty(given[0].shape, dtype=stream_dtype)
+    ys_out = [x.new_empty(given[0].shape, dtype=out_dtype or x.dtype) for _ in pairs]
+    mean = None if options.is_rms_norm else x.new_empty((rows, 1), dtype=dtype)
+    rstd = x.new_empty((rows, 1), dtype=dtype)
+    for block in row_blocks(*given[0].shape, x.device):
+        a, a1, r = _at(block, *given)
+        h = way.at(block)(a.to(dtype))
+        if a1 is not None:
+            h = h + way1.at(block)(a1.to(dtype))
+        if r is not None:
+            h = h + r
+        if h_out is not None:
+            h_out[block] = h
+        for (w, b), y_out in zip(pairs, ys_out, strict=True):
+            y_out[block], m, rstd[block] = _normalised(h, w, b, options)
+        if mean is not None:
+            mean[block] = m
+    return [y.reshape(x.shape) for y in ys_out], x if h_out is None else h_out.reshape(x.shape), mean, rstd
+
+
+def norm_backward(dys, dstream, h, mean, rstd, weights, biases, options: Options, into):
+    """-> gradients of the stream's inputs, and of [(weight, bias), ...] in their dtypes; None where nothing was asked.
+
+    dys, dstream: gradients of the ys and of h, or None. into: for each input its dtype and its Branch, or None if there
+    is no such input. Inputs of one dtype on the same way get one tensor.
+    """
+    dtype = rstd.dtype
+    pairs = _affine(weights, biases, options, dtype)
+    h_rows, dstream, dys = _rows(h), _rows(dstream), [_rows(t) for t in dys]
+    results, which = [], []
+    for want in into:
+        plain = want is not None and want[1].rowscale is None and want[1].keep is None
+        same = [i for i, (t, w) in enumerate(results) if plain and w is None and t.dtype == want[0]]
+        which.append(None if want is None else same[0] if same else len(results))
+        if want is not None and not same:
+            results.append((h.new_empty(h_rows.shape, dtype=want[0]), None if plain else want[1]))
+    sums = [(None, None)] * len(pairs)
+    for block in row_blocks(*h_rows.shape, h.device):
+        x, (m, r) = h_rows[block].to(dtype), _at(block, mean, rstd)
+        dh = None if dstream is None else dstream[block].to(dtype)
+        for i, ((w, b), dy) in enumerate(zip(pairs, dys, strict=True)):
+            if dy is not None:
+                part, dw, db = _gradients(dy[block].to(dtype), x, m, r, w, b)
+                dh, sums[i] = _add(dh, part), (_add(sums[i][0], dw), _add(sums[i][1], db))
+        for out, way in results:
+            out[block] = dh if way is None else way.at(block)(dh)
+    given = [(w, b) for w, b in zip(weights, biases, strict=True) if w is not None]
+    parameters = [
+        tuple(None if g is None else g.to(p.dtype) for g, p in zip(pair, own, strict=True))
+        for pair, own in zip(sums, given, strict=True)
+    ]
+    return [None if i is None else results[i][0].reshape(h.shape) for i in which], parameters
