@@ -21,6 +21,7 @@ from torch import Tensor
 from flash_attn._errors import InvalidArgument, InvalidType
 from flash_attn._tensors import is_plain
 from flash_attn.ops._blocks import row_blocks
+from flash_attn.utils.distributed import all_gather_raw
 
 
 def check(logits: Tensor, labels: Tensor, precomputed_lse: Tensor | None, ignore_index: int, classes: int) -> None:
@@ -85,9 +86,7 @@ class CrossEntropyLoss(torch.autograd.Function):
                 taken[block] += x.sum(-1) * (smoothing / (world * classes))
             lse[block] = torch.logsumexp(x, -1)
         if world > 1:
-            both = torch.stack((lse, taken))
-            everyone = both.new_empty((world, *both.shape))
-            dist.all_gather_into_tensor(everyone, both, group=process_group)
+            everyone, _ = all_gather_raw(torch.stack((lse, taken))[None], process_group)
             lse, taken = torch.logsumexp(everyone[:, 0], 0), everyone[:, 1].sum(0)
         losses = lse - taken
         # A label of no class is refused above on a CPU. Where nobody looked, its loss is NaN.

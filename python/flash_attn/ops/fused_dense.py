@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
 from torch.utils.checkpoint import checkpoint
 
 from flash_attn._errors import InvalidArgument
@@ -81,7 +80,7 @@ def fused_dense_func(
     weight: Tensor,
     bias: Tensor | None = None,
     return_residual: bool = False,
-    process_group: ProcessGroup | None = None,
+    process_group: dist.ProcessGroup | None = None,
     sequence_parallel: bool = True,
 ):
     """x (..., in_features) @ weight' + bias -> (..., out_features) [, x if return_residual].
@@ -119,7 +118,7 @@ class FusedDense(nn.Linear):
         )
 
 
-def _share(name: str, features: int, process_group: ProcessGroup, multiple_of: int) -> int:
+def _share(name: str, features: int, process_group: dist.ProcessGroup, multiple_of: int) -> int:
     if features % multiple_of:
         raise InvalidArgument(f"{name}: expected a multiple of {multiple_of}, got {features}")
     world, rank = dist.get_world_size(process_group), dist.get_rank(process_group)
@@ -133,7 +132,7 @@ class ColumnParallelLinear(nn.Linear):
         self,
         in_features: int,
         out_features: int,
-        process_group: ProcessGroup,
+        process_group: dist.ProcessGroup,
         bias: bool = True,
         sequence_parallel=True,
         multiple_of=1,
@@ -160,7 +159,7 @@ class RowParallelLinear(nn.Linear):
         self,
         in_features: int,
         out_features: int,
-        process_group: ProcessGroup,
+        process_group: dist.ProcessGroup,
         bias: bool = True,
         sequence_parallel=True,
         multiple_of=1,
@@ -197,7 +196,7 @@ def fused_mlp_func(
     return_residual: bool = False,
     checkpoint_lvl: int = 0,
     heuristic: int = 0,
-    process_group: ProcessGroup | None = None,
+    process_group: dist.ProcessGroup | None = None,
     sequence_parallel: bool = True,
 ):
     """activation(x @ weight1' + bias1) @ weight2' + bias2 [, x if return_residual].
@@ -280,7 +279,7 @@ class ParallelFusedMLP(nn.Module):
         hidden_features=None,
         out_features=None,
         activation="gelu_approx",
-        process_group: ProcessGroup = None,
+        process_group: dist.ProcessGroup = None,
         bias1=True,
         bias2=True,
         sequence_parallel=True,

@@ -53,7 +53,7 @@ def leaky_relu(x: Tensor) -> Tensor:
 
 def leaky_relu_grad(x: Tensor) -> Tensor:
     """1 where x >= 0, else 0.01."""
-    return torch.where(x >= 0, 1.0, 0.01).to(x.dtype)
+    return torch.where(x >= 0, torch.ones_like(x), 0.01)
 
 
 def gelu(x: Tensor) -> Tensor:

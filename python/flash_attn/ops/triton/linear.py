@@ -40,7 +40,8 @@ def triton_dgrad_act(
 ) -> Tensor:
     """(grad_output @ weight) * activation'(act_input) -> (..., in_features).
 
-    grad_output (..., out_features), weight (out_features, in_features). act_input (..., in_features): what the activation before this layer was applied to.
+    grad_output (..., out_features), weight (out_features, in_features). act_input (..., in_features): what the
+    activation before this layer was applied to.
     """
     _check(activation)
     dx = grad_output @ weight
