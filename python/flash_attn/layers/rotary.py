@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flash_attn._errors import InvalidArgument, NotServed
 from flash_attn._refusal import refuse_gradient
-from flash_attn.ops._rotary import applied, rotate, rows_of
+from flash_attn.ops._rotary import applied, rotate, rotated, rows_of, rows_of_heads
 from flash_attn.ops.triton.rotary import apply_rotary
 
 __all__ = [
@@ -93,10 +93,8 @@ class ApplyRotaryEmb(torch.autograd.Function):
         return dx, None, None, None, None, None, None, None
 
 
-def _in_place(function, x: Tensor, *args) -> Tensor:
-    """function.apply, which turns x in place, for a compiled graph: such a graph holds no Function that writes to its
-    input. It turns a copy and writes that back; what nobody reads, the compiler leaves out."""
-    y = function.apply(x.clone(), *args)
+def _written_back(x: Tensor, y: Tensor) -> Tensor:
+    """What a compiled graph does in place of writing to x: where nobody reads it, the compiler leaves it out."""
     with torch.no_grad():
         x.detach().copy_(y)
     return y
@@ -119,45 +117,62 @@ def apply_rotary_emb(
     memory holds the result. seqlen_offsets: position of each sequence's first row, a number or (batch). max_seqlen:
     goes with cu_seqlens. Arithmetic in fp32, rounded once. Errors as in ops.triton.rotary.apply_rotary.
     """
-    args = (cos, sin, interleaved, inplace, seqlen_offsets, cu_seqlens, max_seqlen)
-    if inplace and torch.compiler.is_compiling():
-        y = _in_place(ApplyRotaryEmb, x, *args)
-    else:
-        y = ApplyRotaryEmb.apply(x, *args)
+    if torch.compiler.is_compiling():
+        y = rotated(x, *rows_of_heads(x, cos, sin, seqlen_offsets, cu_seqlens, max_seqlen), interleaved)
+        return _written_back(x, y) if inplace else y
+    y = ApplyRotaryEmb.apply(x, cos, sin, interleaved, inplace, seqlen_offsets, cu_seqlens, max_seqlen)
     return _without_gradient_of_tables(y, cos, sin)
 
 
 apply_rotary_emb_func = apply_rotary_emb  # its name before 2.1
 
 
-def _turn_qk(out, qkv, cos, sin, cos_k, sin_k, interleaved, seqlen_offsets, num_heads_q, conjugate):
-    """Turns q and k of qkv into `out`, which may be qkv; v stays where it is.
+def _part(x: Tensor, part: slice, cos: Tensor, sin: Tensor, seqlen_offsets) -> tuple[slice, tuple[Tensor, Tensor]]:
+    """A part of x along dimension 2 and its angles, to broadcast against it."""
+    cos, sin = rows_of(x, cos, sin, seqlen_offsets, None, None)
+    beside = (None,) * (x.dim() - 3)
+    return part, (cos[(..., *beside, slice(None))], sin[(..., *beside, slice(None))])
 
-    qkv (batch, seqlen, 3, nheads, headdim), or (batch, seqlen, num_heads_q + 2 * num_heads_k, headdim).
-    """
+
+def _parts_of_qkv(qkv, cos, sin, cos_k, sin_k, seqlen_offsets, num_heads_q):
+    """qkv (batch, seqlen, 3, nheads, headdim), or (batch, seqlen, num_heads_q + 2 * num_heads_k, headdim)."""
     if qkv.dim() == 5 and qkv.shape[2] == 3:
-        q, k, v = 0, 1, 2
+        ends = 1, 2
     elif qkv.dim() == 4:
         heads_k = (qkv.shape[2] - (num_heads_q or 0)) // 2
         if num_heads_q is None or heads_k < 0 or num_heads_q + 2 * heads_k != qkv.shape[2]:
             expected = "num_heads_q such that qkv has num_heads_q + 2 * num_heads_k heads"
             raise InvalidArgument(f"num_heads_q: expected {expected}, got {num_heads_q} for {qkv.shape[2]} heads")
-        q, k = num_heads_q, num_heads_q + heads_k
-        q, k, v = slice(0, q), slice(q, k), slice(k, qkv.shape[2])
+        ends = num_heads_q, num_heads_q + heads_k
     else:
         expected = "(batch, seqlen, 3, nheads, headdim) or (batch, seqlen, num_heads_q + 2 * num_heads_k, headdim)"
         raise InvalidArgument(f"qkv: expected shape {expected}, got {tuple(qkv.shape)}")
-    if out is not qkv:
-        out[:, :, v].copy_(qkv[:, :, v])
-    parts = [(q, cos, sin), (k, cos if cos_k is None else cos_k, sin if sin_k is None else sin_k)]
+    v = slice(ends[1], qkv.shape[2]), None
     if cos_k is None and sin_k is None:  # one rotation for both
-        parts = [(slice(0, 2) if qkv.dim() == 5 else slice(0, k.stop), cos, sin)]
-    for part, c, s in parts:
-        x = qkv[:, :, part]
-        c, s = (t[..., None, :] for t in rows_of(x, c, s, seqlen_offsets, None, None))
-        if x.dim() == 5:
-            c, s = c[..., None, :], s[..., None, :]
-        rotate(x if out is qkv else out[:, :, part], x, c, s, interleaved, conjugate)
+        return [_part(qkv, slice(0, ends[1]), cos, sin, seqlen_offsets), v]
+    cos_k, sin_k = cos if cos_k is None else cos_k, sin if sin_k is None else sin_k
+    q = _part(qkv, slice(0, ends[0]), cos, sin, seqlen_offsets)
+    return [q, _part(qkv, slice(*ends), cos_k, sin_k, seqlen_offsets), v]
+
+
+def _parts_of_kv(kv, cos, sin, seqlen_offsets):
+    if kv.dim() != 5 or kv.shape[2] != 2:
+        raise InvalidArgument(f"kv: expected shape (batch, seqlen, 2, nheads, headdim), got {tuple(kv.shape)}")
+    return [_part(kv, slice(0, 1), cos, sin, seqlen_offsets), (slice(1, 2), None)]
+
+
+def _turn(x: Tensor, parts, interleaved: bool, conjugate: bool = False, inplace: bool = False) -> Tensor:
+    """The parts of x that have angles, turned."""
+    if torch.compiler.is_compiling():
+        pieces = [x[:, :, p] if angles is None else rotated(x[:, :, p], *angles, interleaved) for p, angles in parts]
+        return torch.cat(pieces, dim=2)
+    out = x if inplace else torch.empty_like(x)
+    for p, angles in parts:
+        part = x[:, :, p]
+        if angles is not None:
+            rotate(part if inplace else out[:, :, p], part, *angles, interleaved, conjugate)
+        elif not inplace:
+            out[:, :, p].copy_(part)
     return out
 
 
@@ -176,14 +191,14 @@ class ApplyRotaryEmbQKV_(torch.autograd.Function):
     ):
         _save(ctx, (cos, sin, cos_k, sin_k), seqlen_offsets)
         ctx.interleaved, ctx.num_heads_q = interleaved, num_heads_q
-        return _turn_qk(qkv, qkv, cos, sin, cos_k, sin_k, interleaved, seqlen_offsets, num_heads_q, False)
+        parts = _parts_of_qkv(qkv, cos, sin, cos_k, sin_k, seqlen_offsets, num_heads_q)
+        return _turn(qkv, parts, interleaved, inplace=True)
 
     @staticmethod
     def backward(ctx, dqkv):
         cos, sin, cos_k, sin_k, offsets = _saved(ctx)
-        tables = (cos, sin, cos_k, sin_k)
-        dx = _turn_qk(torch.empty_like(dqkv), dqkv, *tables, ctx.interleaved, offsets, ctx.num_heads_q, True)
-        return dx, None, None, None, None, None, None, None
+        parts = _parts_of_qkv(dqkv, cos, sin, cos_k, sin_k, offsets, ctx.num_heads_q)
+        return _turn(dqkv, parts, ctx.interleaved, conjugate=True), None, None, None, None, None, None, None
 
 
 def apply_rotary_emb_qkv_(
@@ -201,23 +216,11 @@ def apply_rotary_emb_qkv_(
     qkv (batch, seqlen, 3, nheads, headdim), or (batch, seqlen, num_heads_q + 2 * num_heads_k, headdim) with
     num_heads_q. cos_k, sin_k: k's own tables, for XPos; default: those of q.
     """
-    args = (cos, sin, cos_k, sin_k, interleaved, seqlen_offsets, num_heads_q)
     if torch.compiler.is_compiling():
-        y = _in_place(ApplyRotaryEmbQKV_, qkv, *args)
-    else:
-        y = ApplyRotaryEmbQKV_.apply(qkv, *args)
+        parts = _parts_of_qkv(qkv, cos, sin, cos_k, sin_k, seqlen_offsets, num_heads_q)
+        return _written_back(qkv, _turn(qkv, parts, interleaved))
+    y = ApplyRotaryEmbQKV_.apply(qkv, cos, sin, cos_k, sin_k, interleaved, seqlen_offsets, num_heads_q)
     return _without_gradient_of_tables(y, cos, sin, cos_k, sin_k)
-
-
-def _turn_k(out, kv, cos, sin, interleaved, seqlen_offsets, conjugate):
-    if kv.dim() != 5 or kv.shape[2] != 2:
-        raise InvalidArgument(f"kv: expected shape (batch, seqlen, 2, nheads, headdim), got {tuple(kv.shape)}")
-    if out is not kv:
-        out[:, :, 1].copy_(kv[:, :, 1])
-    k = kv[:, :, 0]
-    cos, sin = (t[..., None, :] for t in rows_of(k, cos, sin, seqlen_offsets, None, None))
-    rotate(k if out is kv else out[:, :, 0], k, cos, sin, interleaved, conjugate)
-    return out
 
 
 class ApplyRotaryEmbKV_(torch.autograd.Function):
@@ -225,22 +228,20 @@ class ApplyRotaryEmbKV_(torch.autograd.Function):
     def forward(ctx, kv, cos, sin, interleaved=False, seqlen_offsets: int | Tensor = 0):
         _save(ctx, (cos, sin), seqlen_offsets)
         ctx.interleaved = interleaved
-        return _turn_k(kv, kv, cos, sin, interleaved, seqlen_offsets, False)
+        return _turn(kv, _parts_of_kv(kv, cos, sin, seqlen_offsets), interleaved, inplace=True)
 
     @staticmethod
     def backward(ctx, dkv):
         cos, sin, offsets = _saved(ctx)
-        dx = _turn_k(torch.empty_like(dkv), dkv, cos, sin, ctx.interleaved, offsets, True)
-        return dx, None, None, None, None
+        parts = _parts_of_kv(dkv, cos, sin, offsets)
+        return _turn(dkv, parts, ctx.interleaved, conjugate=True), None, None, None, None
 
 
 def apply_rotary_emb_kv_(kv, cos, sin, interleaved=False, seqlen_offsets: int | Tensor = 0):
     """Turns k of packed kv (batch, seqlen, 2, nheads, headdim), in place: see apply_rotary_emb."""
-    args = (cos, sin, interleaved, seqlen_offsets)
     if torch.compiler.is_compiling():
-        y = _in_place(ApplyRotaryEmbKV_, kv, *args)
-    else:
-        y = ApplyRotaryEmbKV_.apply(kv, *args)
+        return _written_back(kv, _turn(kv, _parts_of_kv(kv, cos, sin, seqlen_offsets), interleaved))
+    y = ApplyRotaryEmbKV_.apply(kv, cos, sin, interleaved, seqlen_offsets)
     return _without_gradient_of_tables(y, cos, sin)
 
 

@@ -65,36 +65,45 @@ def _add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
 
 
 class Branch(NamedTuple):
-    """What x or x1 goes through on its way into the stream."""
+    """What x or x1 goes through on its way into the stream: shapes that broadcast against it."""
 
-    rowscale: Tensor | None  # (rows, 1)
-    keep: Tensor | None  # bool (rows, columns)
+    rowscale: Tensor | None  # (..., 1)
+    keep: Tensor | None  # bool (..., columns)
     dropout_p: float
+
+    def rows(self) -> Branch:
+        return Branch(_rows(self.rowscale), _rows(self.keep), self.dropout_p)
 
     def at(self, block: slice) -> Branch:
         return Branch(*_at(block, self.rowscale, self.keep), self.dropout_p)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """Also the gradient's way back: all of it is multiplication."""
-        if self.rowscale is not None:
-            x = x * self.rowscale
-        if self.keep is not None:
-            x = x * self.keep * (1 / (1 - self.dropout_p) if self.dropout_p < 1 else 0.0)
-        return x
+    @property
+    def is_plain(self) -> bool:
+        return self.rowscale is None and self.keep is None
 
 
-def branches(options: Options, x: Tensor, x1: Tensor | None, rowscale: Tensor | None) -> tuple[Branch, Branch | None]:
+PLAIN = Branch(None, None, 0.0)
+
+
+def passed(way: Branch, x: Tensor) -> Tensor:
+    """Also the gradient's way back: all of it is multiplication."""
+    if way.rowscale is not None:
+        x = x * way.rowscale
+    if way.keep is not None:
+        x = x * way.keep * (1 / (1 - way.dropout_p) if way.dropout_p < 1 else 0.0)
+    return x
+
+
+def branches(options: Options, x: Tensor, x1: Tensor | None, rowscale: Tensor | None) -> tuple[Branch, Branch]:
     """Draws the dropout masks."""
 
-    def keep(t: Tensor) -> Tensor | None:
-        shape = (t.shape[:-1].numel(), t.shape[-1])
-        if options.dropout_p == 0:
+    def keep(t: Tensor | None) -> Tensor | None:
+        if t is None or options.dropout_p == 0:
             return None
-        return torch.empty(shape, dtype=torch.bool, device=t.device).bernoulli_(1 - options.dropout_p)
+        return torch.empty(t.shape, dtype=torch.bool, device=t.device).bernoulli_(1 - options.dropout_p)
 
-    scale = None if rowscale is None else rowscale.detach().reshape(-1, 1)
-    first = Branch(scale, keep(x), options.dropout_p)
-    return first, None if x1 is None else Branch(None, keep(x1), options.dropout_p)
+    scale = None if rowscale is None else rowscale.detach()[..., None]
+    return Branch(scale, keep(x), options.dropout_p), Branch(None, keep(x1), options.dropout_p)
 
 
 def _affine(weights, biases, options: Options, dtype: torch.dtype) -> list[tuple[Tensor, Tensor | None]]:
@@ -104,13 +113,37 @@ def _affine(weights, biases, options: Options, dtype: torch.dtype) -> list[tuple
     return [(w.to(dtype) + shift, None if b is None else b.to(dtype)) for w, b in pairs if w is not None]
 
 
+def _rstd(h: Tensor, eps: float) -> Tensor:
+    """h (..., columns) -> 1 / root mean square (..., 1)."""
+    return (torch.linalg.vector_norm(h, dim=-1, keepdim=True).square() / h.shape[-1] + eps).rsqrt()
+
+
 def _normalised(h: Tensor, weight: Tensor, bias: Tensor | None, options: Options):
     """h (rows, columns) -> y, mean (rows, 1) or None, 1 / deviation (rows, 1). All in one dtype."""
     if not options.is_rms_norm:
         return torch.native_layer_norm(h, h.shape[-1:], weight, bias, options.eps)
-    rstd = (torch.linalg.vector_norm(h, dim=-1, keepdim=True).square() / h.shape[-1] + options.eps).rsqrt()
+    rstd = _rstd(h, options.eps)
     y = (h * rstd).mul_(weight)
     return y if bias is None else y.add_(bias), None, rstd
+
+
+def composed(x, weights, biases, options: Options, residual, x1, way: Branch, way1: Branch, stream_dtype, out_dtype):
+    """-> [y, ...], h, by operations that a compiled graph differentiates and fuses."""
+    dtype = arithmetic(x, residual, x1, *weights)
+    h = passed(way, x.to(dtype))
+    if x1 is not None:
+        h = h + passed(way1, x1.to(dtype))
+    if residual is not None:
+        h = h + residual
+    ys = []
+    for w, b in _affine(weights, biases, options, dtype):
+        if options.is_rms_norm:
+            y = h * _rstd(h, options.eps) * w
+            y = y if b is None else y + b
+        else:
+            y = torch.nn.functional.layer_norm(h, h.shape[-1:], w, b, options.eps)
+        ys.append(y.to(out_dtype or x.dtype))
+    return ys, h.to(stream_dtype or (x.dtype if residual is None else residual.dtype))
 
 
 def _gradients(dy: Tensor, h: Tensor, mean: Tensor | None, rstd: Tensor, weight: Tensor, bias: Tensor | None):
@@ -128,18 +161,27 @@ def _gradients(dy: Tensor, h: Tensor, mean: Tensor | None, rstd: Tensor, weight:
     return dh, dweight, None if bias is None else dy.sum(0)
 
 
-def norm_forward(x, weights, biases, options: Options, residual=None, x1=None, way=None, way1=None,
-                 stream_dtype=None, out_dtype=None):  # fmt: skip
+def norm_forward(
+    x,
+    weights,
+    biases,
+    options: Options,
+    residual=None,
+    x1=None,
+    way: Branch = PLAIN,
+    way1: Branch = PLAIN,
+    stream_dtype=None,
+    out_dtype=None,
+):
     """-> [y, ...], h, mean, rstd. x, residual, x1, y, h (..., columns); mean and rstd (rows, 1), mean None of RMSNorm.
 
-    h is x itself where nothing comes before the norm and its dtype is that of the stream.
+    h is x itself where nothing comes before the norm and its dtype is that of the stream. The ways are in rows.
     """
     dtype = arithmetic(x, residual, x1, *weights)
     pairs = _affine(weights, biases, options, dtype)
-    way = way or Branch(None, None, 0.0)
     stream_dtype = stream_dtype or (x.dtype if residual is None else residual.dtype)
     given = [_rows(t) for t in (x, x1, residual)]
-    alone = residual is None and x1 is None and way.rowscale is None and way.keep is None
+    alone = residual is None and x1 is None and way.is_plain
     rows = given[0].shape[0]
     h_out = None if alone and stream_dtype == x.dtype else x.new_empty(given[0].shape, dtype=stream_dtype)
     ys_out = [x.new_empty(given[0].shape, dtype=out_dtype or x.dtype) for _ in pairs]
@@ -147,9 +189,9 @@ def norm_forward(x, weights, biases, options: Options, residual=None, x1=None, w
     rstd = x.new_empty((rows, 1), dtype=dtype)
     for block in row_blocks(*given[0].shape, x.device):
         a, a1, r = _at(block, *given)
-        h = way.at(block)(a.to(dtype))
+        h = passed(way.at(block), a.to(dtype))
         if a1 is not None:
-            h = h + way1.at(block)(a1.to(dtype))
+            h = h + passed(way1.at(block), a1.to(dtype))
         if r is not None:
             h = h + r
         if h_out is not None:
@@ -174,7 +216,7 @@ def norm_backward(dys, dstream, h, mean, rstd, weights, biases, options: Options
     h_rows, dstream, dys = _rows(h), _rows(dstream), [_rows(t) for t in dys]
     results, which = [], []
     for want in into:
-        plain = want is not None and want[1].rowscale is None and want[1].keep is None
+        plain = want is not None and want[1].is_plain
         same = [i for i, (t, w) in enumerate(results) if plain and w is None and t.dtype == want[0]]
         which.append(None if want is None else same[0] if same else len(results))
         if want is not None and not same:
@@ -188,7 +230,7 @@ def norm_backward(dys, dstream, h, mean, rstd, weights, biases, options: Options
                 part, dw, db = _gradients(dy[block].to(dtype), x, m, r, w, b)
                 dh, sums[i] = _add(dh, part), (_add(sums[i][0], dw), _add(sums[i][1], db))
         for out, way in results:
-            out[block] = dh if way is None else way.at(block)(dh)
+            out[block] = dh if way is None else passed(way.at(block), dh)
     given = [(w, b) for w, b in zip(weights, biases, strict=True) if w is not None]
     parameters = [
         tuple(None if g is None else g.to(p.dtype) for g, p in zip(pair, own, strict=True))

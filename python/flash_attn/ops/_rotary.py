@@ -27,17 +27,16 @@ def rotate(out: Tensor, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, 
     conjugate: by the opposite angle, which is the inverse and the gradient.
     """
     half, dtype, sign = cos.shape[-1], cos.dtype, -1 if conjugate else 1
-    eager = not torch.compiler.is_compiling()
     if out is not x and 2 * half < x.shape[-1]:
         out[..., 2 * half :].copy_(x[..., 2 * half :])
-    if interleaved and eager and x.device.type in ("cpu", "cuda"):
+    if interleaved and x.device.type in ("cpu", "cuda"):
         # Neighbouring columns are complex numbers already: a quarter of the time of strided halves on a CPU.
         z = torch.view_as_complex(x[..., : 2 * half].to(dtype).contiguous().unflatten(-1, (half, 2)))
         z = z * torch.complex(cos, sign * sin)
         out[..., : 2 * half].copy_(torch.view_as_real(z).flatten(-2))
         return out
     (a, b), (first, second) = (_pairs(t, half, interleaved) for t in (x, out))
-    if eager and out is not x and x.dtype == out.dtype == dtype:
+    if out is not x and x.dtype == out.dtype == dtype:
         torch.mul(a, cos, out=first).addcmul_(b, sin, value=-sign)
         torch.mul(b, cos, out=second).addcmul_(a, sin, value=sign)
         return out
@@ -46,6 +45,15 @@ def rotate(out: Tensor, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, 
     first.copy_(turned[0])
     second.copy_(turned[1])
     return out
+
+
+def rotated(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """The same for a compiled graph, which differentiates and fuses it: operations that write to nothing."""
+    half = cos.shape[-1]
+    a, b = (t.to(cos.dtype) for t in _pairs(x, half, interleaved))
+    turned = a * cos - b * sin, a * sin + b * cos
+    y = torch.stack(turned, dim=-1).flatten(-2) if interleaved else torch.cat(turned, dim=-1)
+    return torch.cat((y.to(x.dtype), x[..., 2 * half :]), dim=-1)
 
 
 def _check(name: str, holds: bool, expected: str, got) -> None:
@@ -126,6 +134,15 @@ def rows_of(
     return _look_up(tables, torch.where(inside, positions, -1))
 
 
+def rows_of_heads(x, cos, sin, seqlen_offsets, cu_seqlens, max_seqlen) -> tuple[Tensor, Tensor]:
+    """rows_of, to broadcast against x (batch, seqlen, nheads, headdim) or (total, nheads, headdim)."""
+    expected = 4 if cu_seqlens is None else 3
+    names = "(batch, seqlen, nheads, headdim)" if cu_seqlens is None else "(total, nheads, headdim)"
+    _check("x", x.dim() == expected, f"{expected} dimensions {names}", tuple(x.shape))
+    cos, sin = rows_of(x, cos, sin, seqlen_offsets, cu_seqlens, max_seqlen)
+    return cos[..., None, :], sin[..., None, :]
+
+
 def applied(
     x: Tensor,
     cos: Tensor,
@@ -138,8 +155,5 @@ def applied(
     conjugate: bool = False,
 ) -> Tensor:
     """x (batch, seqlen, nheads, headdim), or packed (total, nheads, headdim), turned; x itself if `inplace`."""
-    expected = 4 if cu_seqlens is None else 3
-    names = "(batch, seqlen, nheads, headdim)" if cu_seqlens is None else "(total, nheads, headdim)"
-    _check("x", x.dim() == expected, f"{expected} dimensions {names}", tuple(x.shape))
-    cos, sin = (t[..., None, :] for t in rows_of(x, cos, sin, seqlen_offsets, cu_seqlens, max_seqlen))
+    cos, sin = rows_of_heads(x, cos, sin, seqlen_offsets, cu_seqlens, max_seqlen)
     return rotate(x if inplace else torch.empty_like(x), x, cos, sin, interleaved, conjugate)

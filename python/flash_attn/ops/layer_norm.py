@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flash_attn._errors import InvalidArgument
-from flash_attn.ops.triton.layer_norm import LayerNormFn
+from flash_attn.ops.triton.layer_norm import norm_fn
 
 __all__ = [
     "DropoutAddLayerNorm",
@@ -50,7 +50,7 @@ class DropoutAddLayerNormFn:
     ):  # fmt: skip
         """-> z [, h if prenorm] [, mask uint8 if return_dmask]."""
         kept = _stream_dtype(x0, residual, residual_in_fp32)
-        z, h, keep, _ = LayerNormFn.apply(
+        z, h, keep, _ = norm_fn(
             _scaled(x0, colscale), gamma, beta, residual, None, None, None, epsilon, dropout_p, rowscale, True,
             residual_in_fp32, False, is_rms_norm, True, x0.dtype, None, None,
         )  # fmt: skip
@@ -113,7 +113,7 @@ class DropoutAddLayerNormParallelResidualFn:
         is_rms_norm=False, return_dmask=False,
     ):  # fmt: skip
         """-> z0, z1 (None without gamma1) [, h if prenorm] [, masks of x0 and x1 uint8 if return_dmask]."""
-        *zs, h, keep, keep1 = LayerNormFn.apply(
+        *zs, h, keep, keep1 = norm_fn(
             x0, gamma0, beta0, residual, x1, gamma1, beta1, epsilon, dropout_p, None, True, residual_in_fp32, False,
             is_rms_norm, True, None, None, None,
         )  # fmt: skip

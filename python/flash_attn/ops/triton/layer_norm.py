@@ -8,7 +8,7 @@ from torch import Tensor
 
 from flash_attn._errors import InvalidArgument
 from flash_attn.ops._linear import linear_dtype, parameter_gradients
-from flash_attn.ops._norm import Branch, Options, branches, check, norm_backward, norm_forward
+from flash_attn.ops._norm import PLAIN, Branch, Options, branches, check, composed, norm_backward, norm_forward
 
 __all__ = [
     "LayerNormFn",
@@ -57,14 +57,14 @@ class LayerNormFn(torch.autograd.Function):
             rowscale=rowscale, out=out, residual_out=residual_out,
         )  # fmt: skip
         ctx.set_materialize_grads(False)
-        way, way1 = branches(options, x, x1, rowscale)
+        way, way1 = (w.rows() for w in branches(options, x, x1, rowscale))
         stream_dtype = torch.float32 if residual is None and residual_in_fp32 else None
         ys, h, mean, rstd = norm_forward(
             x, (weight, weight1), (bias, bias1), options, residual, x1, way, way1, stream_dtype,
             out_dtype if out is None else out.dtype,
         )  # fmt: skip
         ys[0], h = _written(out, ys[0]), _written(residual_out, h)
-        keeps = way.keep, None if way1 is None else way1.keep
+        keeps = way.keep, way1.keep
         ctx.save_for_backward(h, weight, bias, weight1, bias1, mean, rstd, way.rowscale, *keeps)
         ctx.options, ctx.prenorm, ctx.outputs = options, prenorm, len(ys)
         ctx.dtypes = [None if t is None else t.dtype for t in (x, residual, x1)]
@@ -79,7 +79,7 @@ class LayerNormFn(torch.autograd.Function):
     def backward(ctx, *grads):
         h, weight, bias, weight1, bias1, mean, rstd, rowscale, keep, keep1 = ctx.saved_tensors
         p = ctx.options.dropout_p
-        ways = Branch(rowscale, keep, p), Branch(None, None, p), Branch(None, keep1, p)
+        ways = Branch(rowscale, keep, p), PLAIN, Branch(None, keep1, p)
         into = [None if d is None else (d, w) for d, w in zip(ctx.dtypes, ways, strict=True)]
         dstream = grads[ctx.outputs] if ctx.prenorm else None
         (dx, dresidual, dx1), parameters = norm_backward(
@@ -88,6 +88,33 @@ class LayerNormFn(torch.autograd.Function):
         dw, db = parameters[0]
         dw1, db1 = parameters[1] if ctx.outputs == 2 else (None, None)
         return dx, dw, db, dresidual, dx1, dw1, db1, *[None] * 11
+
+
+def norm_fn(
+    x, weight, bias, residual, x1, weight1, bias1, eps, dropout_p, rowscale, prenorm, residual_in_fp32,
+    zero_centered_weight, is_rms_norm, return_dropout_mask, out_dtype, out, residual_out,
+):  # fmt: skip
+    """LayerNormFn, or in a compiled graph the operations themselves."""
+    if not torch.compiler.is_compiling():
+        return LayerNormFn.apply(
+            x, weight, bias, residual, x1, weight1, bias1, eps, dropout_p, rowscale, prenorm, residual_in_fp32,
+            zero_centered_weight, is_rms_norm, return_dropout_mask, out_dtype, out, residual_out,
+        )  # fmt: skip
+    options = Options(eps, is_rms_norm, zero_centered_weight, dropout_p)
+    check(
+        x, options, weight=weight, bias=bias, residual=residual, x1=x1, weight1=weight1, bias1=bias1,
+        rowscale=rowscale, out=out, residual_out=residual_out,
+    )  # fmt: skip
+    way, way1 = branches(options, x, x1, rowscale)
+    stream_dtype = torch.float32 if residual is None and residual_in_fp32 else None
+    ys, h = composed(
+        x, (weight, weight1), (bias, bias1), options, residual, x1, way, way1, stream_dtype,
+        out_dtype if out is None else out.dtype,
+    )  # fmt: skip
+    ys[0], h = _written(out, ys[0]), _written(residual_out, h)
+    results = [*ys, h] if prenorm else ys
+    results = [*results, way.keep, way1.keep] if return_dropout_mask else results
+    return results[0] if len(results) == 1 else tuple(results)
 
 
 def layer_norm_fn(
@@ -119,7 +146,7 @@ def layer_norm_fn(
     weight + 1 counts. is_rms_norm: without the mean. out, residual_out: memory for y and h. ValueError for shapes that
     do not fit.
     """
-    return LayerNormFn.apply(
+    return norm_fn(
         x, weight, bias, residual, x1, weight1, bias1, eps, dropout_p, rowscale, prenorm, residual_in_fp32,
         zero_centered_weight, is_rms_norm, return_dropout_mask, out_dtype, out, residual_out,
     )  # fmt: skip
@@ -145,7 +172,7 @@ def rms_norm_fn(
     residual_out=None,
 ):
     """layer_norm_fn with is_rms_norm=True."""
-    return LayerNormFn.apply(
+    return norm_fn(
         x, weight, bias, residual, x1, weight1, bias1, eps, dropout_p, rowscale, prenorm, residual_in_fp32,
         zero_centered_weight, True, return_dropout_mask, out_dtype, out, residual_out,
     )  # fmt: skip
@@ -219,8 +246,7 @@ class LayerNormLinearFn(torch.autograd.Function):
             dy = dout @ linear_weight.to(dout.dtype)
             (y,), *_ = norm_forward(h, (norm_weight,), (norm_bias,), ctx.options, out_dtype=ctx.out_dtype)
             dlinear_weight, dlinear_bias = parameter_gradients(dout, y, linear_weight, linear_bias)
-        plain = Branch(None, None, 0.0)
-        into = [None if d is None else (d, plain) for d in ctx.dtypes]
+        into = [None if d is None else (d, PLAIN) for d in ctx.dtypes]
         (dx, dresidual), ((dw, db),) = norm_backward(
             [dy], dstream[0] if ctx.prenorm else None, h, mean, rstd, (norm_weight,), (norm_bias,), ctx.options, into
         )
@@ -244,9 +270,17 @@ def layer_norm_linear_fn(
     x, residual (..., columns), norm_weight, norm_bias (columns), linear_weight (out_features, columns), linear_bias
     (out_features). The linear layer runs in x's dtype, or in autocast's.
     """
-    return LayerNormLinearFn.apply(
-        x, norm_weight, norm_bias, linear_weight, linear_bias, residual, eps, prenorm, residual_in_fp32, is_rms_norm
-    )
+    if not torch.compiler.is_compiling():
+        return LayerNormLinearFn.apply(
+            x, norm_weight, norm_bias, linear_weight, linear_bias, residual, eps, prenorm, residual_in_fp32, is_rms_norm
+        )
+    y, h = norm_fn(
+        x, norm_weight, norm_bias, residual, None, None, None, eps, 0.0, None, True, residual_in_fp32, False,
+        is_rms_norm, False, linear_dtype(x), None, None,
+    )  # fmt: skip
+    bias = None if linear_bias is None else linear_bias.to(y.dtype)
+    out = F.linear(y, linear_weight.to(y.dtype), bias)
+    return (out, h) if prenorm else out
 
 
 def _reference(norm, x, weight, bias, residual, x1, weight1, bias1, dropout_p, rowscale, prenorm, zero_centered_weight,
