@@ -9,6 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flash_attn._errors import InvalidArgument
+from flash_attn.ops._blocks import row_blocks
+
 __all__ = [
     "FastGeLUFunction",
     "GeLUFunction",
@@ -93,16 +96,45 @@ def sqrelu_bwd(g: Tensor, x: Tensor) -> Tensor:
     return (2.0 * g * F.relu(wide)).to(x.dtype)
 
 
+def _in_blocks(function, inputs: tuple[Tensor, ...], count: int) -> tuple[Tensor, ...]:
+    """The `count` results of function(*inputs), computed in fp32 or fp64 and rounded to the dtypes of the first inputs.
+
+    All have one shape. What is in 16 bits goes through in blocks of rows.
+    """
+    if not any(t.dtype in (torch.float16, torch.bfloat16) for t in inputs):
+        return function(*inputs)
+    results = tuple(t.new_empty(t.shape) for t in inputs[:count])
+    into = [t.view(-1, t.shape[-1]) if t.dim() else t.view(1, 1) for t in results]
+    rows = [t.reshape(into[0].shape) for t in inputs]
+    for block in row_blocks(*into[0].shape, into[0].device):
+        for out, value in zip(into, function(*_wide(*(t[block] for t in rows))), strict=True):
+            out[block] = value
+    return results
+
+
+def _swiglu(x: Tensor, y: Tensor) -> tuple[Tensor]:
+    return (F.silu(x).mul_(y),)
+
+
+def _swiglu_gradients(x: Tensor, y: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.ops.aten.silu_backward(g * y, x), F.silu(x).mul_(g)
+
+
+def _check_gate(x: Tensor, y: Tensor) -> None:
+    if x.shape != y.shape:
+        raise InvalidArgument(f"y: expected x's shape, {tuple(x.shape)}, got {tuple(y.shape)}")
+
+
 def swiglu_fwd(x: Tensor, y: Tensor) -> Tensor:
-    """x, y (...) -> silu(x) * y (Shazeer, arXiv 2002.05202)."""
-    wide, gate = _wide(x, y)
-    return (F.silu(wide) * gate).to(x.dtype)
+    """x, y (...) -> silu(x) * y (Shazeer, arXiv 2002.05202), in x's dtype."""
+    _check_gate(x, y)
+    return _in_blocks(_swiglu, (x, y), 1)[0]
 
 
 def swiglu_bwd(x: Tensor, y: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     """-> the gradients of x and y, in their dtypes."""
-    wide, gate, dout = _wide(x, y, g)
-    return torch.ops.aten.silu_backward(dout * gate, wide).to(x.dtype), (dout * F.silu(wide)).to(y.dtype)
+    _check_gate(x, y)
+    return _in_blocks(_swiglu_gradients, (x, y, g), 2)
 
 
 class SwiGLUFunction(torch.autograd.Function):

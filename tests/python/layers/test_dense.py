@@ -43,6 +43,8 @@ def test_activations(dtype):
     columns = 64
     x, y, bias = tensor(9, columns, dtype=dtype), tensor(9, columns, dtype=dtype), tensor(columns, dtype=dtype)
     judge(lambda x, y: activations.swiglu(x, y), lambda x, y: x / (1 + torch.exp(-x)) * y, {"x": x, "y": y}, terms=2)
+    with pytest.raises(ValueError, match="y: expected x's shape"):
+        activations.swiglu(x, y[:3])
     judge(lambda x, y: activations.bias_gelu_impl(x, y), lambda x, y: gelu_approx(x + y), {"x": x, "y": bias}, terms=4)
     judge(lambda x: activations.fast_gelu_impl(x), gelu_approx, {"x": x}, terms=4)
     judge(activations.sqrelu_fwd, squared_relu, {"x": x}, terms=1)
