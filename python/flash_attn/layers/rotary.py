@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from flash_attn._errors import InvalidArgument, NotServed
 from flash_attn._refusal import refuse_gradient
@@ -87,6 +88,7 @@ class ApplyRotaryEmb(torch.autograd.Function):
         return applied(x, cos, sin, seqlen_offsets, cu_seqlens, max_seqlen, interleaved, inplace)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, do):
         cos, sin, cu_seqlens, offsets = _saved(ctx)
         dx = applied(do, cos, sin, offsets, cu_seqlens, ctx.max_seqlen, ctx.interleaved, conjugate=True)
@@ -195,6 +197,7 @@ class ApplyRotaryEmbQKV_(torch.autograd.Function):
         return _turn(qkv, parts, interleaved, inplace=True)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dqkv):
         cos, sin, cos_k, sin_k, offsets = _saved(ctx)
         parts = _parts_of_qkv(dqkv, cos, sin, cos_k, sin_k, offsets, ctx.num_heads_q)
@@ -231,6 +234,7 @@ class ApplyRotaryEmbKV_(torch.autograd.Function):
         return _turn(kv, _parts_of_kv(kv, cos, sin, seqlen_offsets), interleaved, inplace=True)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dkv):
         cos, sin, offsets = _saved(ctx)
         parts = _parts_of_kv(dkv, cos, sin, offsets)

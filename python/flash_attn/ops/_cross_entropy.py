@@ -17,6 +17,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from flash_attn._errors import InvalidArgument, InvalidType
 from flash_attn._tensors import is_plain
@@ -100,6 +101,7 @@ class CrossEntropyLoss(torch.autograd.Function):
         return losses, z_losses
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dlosses, _):
         logits, lse, labels = ctx.saved_tensors
         smoothing, logit_scale, lse_square_scale, ignore_index, inplace, world, rank = ctx.options

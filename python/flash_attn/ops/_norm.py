@@ -90,7 +90,7 @@ def passed(way: Branch, x: Tensor) -> Tensor:
     if way.rowscale is not None:
         x = x * way.rowscale
     if way.keep is not None:
-        x = x * way.keep * (1 / (1 - way.dropout_p) if way.dropout_p < 1 else 0.0)
+        x = torch.where(way.keep, x * (1 / (1 - way.dropout_p) if way.dropout_p < 1 else 0.0), 0.0)
     return x
 
 

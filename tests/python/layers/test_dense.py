@@ -50,6 +50,15 @@ def test_activations(dtype):
     judge(activations.sqrelu_fwd, squared_relu, {"x": x}, terms=1)
 
 
+def test_second_derivatives_of_activations():
+    x, y = (torch.randn(3, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    bias = torch.randn(4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(activations.bias_gelu_impl, (x, bias))
+    (dx,) = torch.autograd.grad(activations.swiglu(x, y).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="not implemented"):  # right or not at all
+        dx.sum().backward()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gradients_of_activations(dtype):
     """The functions g, x -> dx against the derivative in float64."""

@@ -337,6 +337,22 @@ def test_dropout_add_subset(is_rms_norm):
     assert torch.allclose(z, normalised(h, given["weight"], given["bias"], is_rms_norm), atol=1e-4)
 
 
+@KINDS
+def test_second_derivatives_raise(is_rms_norm):
+    """The mean and the deviation are kept as numbers: what a second derivative made of them would be wrong."""
+    x, w = torch.randn(3, 8, requires_grad=True), torch.randn(8, requires_grad=True)
+    y = (rms_norm_fn if is_rms_norm else layer_norm_fn)(x, w, None)
+    (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
+
+
+def test_nan_that_is_dropped():
+    x = torch.full((400, 8), torch.nan)
+    _, h, mask, _ = rms_norm_fn(x, torch.ones(8), None, dropout_p=0.5, prenorm=True, return_dropout_mask=True)
+    assert torch.equal(h.isnan(), mask) and not h[~mask].any()
+
+
 def test_rows_and_no_rows():
     for function in (layer_norm_fn, rms_norm_fn):
         x, w = torch.randn(0, 8, requires_grad=True), torch.randn(8, requires_grad=True)

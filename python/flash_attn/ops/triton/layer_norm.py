@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from flash_attn._errors import InvalidArgument
 from flash_attn.ops._linear import linear_dtype, parameter_gradients
@@ -76,6 +77,7 @@ class LayerNormFn(torch.autograd.Function):
         return results[0] if len(results) == 1 else tuple(results)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, *grads):
         h, weight, bias, weight1, bias1, mean, rstd, rowscale, keep, keep1 = ctx.saved_tensors
         p = ctx.options.dropout_p
@@ -239,6 +241,7 @@ class LayerNormLinearFn(torch.autograd.Function):
         return (out, h) if prenorm else out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dout, *dstream):
         h, norm_weight, norm_bias, linear_weight, linear_bias, mean, rstd = ctx.saved_tensors
         dy = dlinear_weight = dlinear_bias = None
