@@ -31,7 +31,9 @@ from flash_attn.utils.distributed import (
 __all__ = [
     "ColumnParallelLinear",
     "FusedDense",
+    "FusedDenseFunc",
     "FusedMLP",
+    "FusedMLPFunc",
     "ParallelFusedMLP",
     "RowParallelLinear",
     "fused_dense_func",
@@ -97,6 +99,12 @@ def fused_dense_func(
     else:
         out = _ColumnParallel.apply(x, weight, bias, process_group, sequence_parallel)
     return (out, x) if return_residual else out
+
+
+class FusedDenseFunc:
+    """`apply` as of upstream's autograd function."""
+
+    apply = staticmethod(fused_dense_func)
 
 
 class FusedDense(nn.Linear):
@@ -225,6 +233,20 @@ def fused_mlp_func(
     else:
         out = second(first(x))
     return (out, x) if return_residual else out
+
+
+class FusedMLPFunc:
+    """`apply` as of upstream's autograd function: each bias behind its weight."""
+
+    @staticmethod
+    def apply(
+        x, weight1, bias1, weight2, bias2, activation="gelu_approx", save_pre_act=True, return_residual=False,
+        checkpoint_lvl=0, heuristic=0, process_group=None, sequence_parallel=True,
+    ):  # fmt: skip
+        return fused_mlp_func(
+            x, weight1, weight2, bias1, bias2, activation, save_pre_act, return_residual, checkpoint_lvl, heuristic,
+            process_group, sequence_parallel,
+        )  # fmt: skip
 
 
 class FusedMLP(nn.Module):

@@ -9,7 +9,6 @@ from flash_attn.ops.layer_norm import (
     DropoutAddLayerNormParallelResidualFn,
     DropoutAddLayerNormSubsetFn,
 )
-from flash_attn.ops.triton.layer_norm import RMSNorm
 
 __all__ = [
     "DropoutAddLayerNormFn",
@@ -117,3 +116,20 @@ class DropoutAddRMSNorm(torch.nn.Module):
             prenorm=self.prenorm,
             residual_in_fp32=self.residual_in_fp32,
         )
+
+
+class RMSNorm(torch.nn.Module):
+    """rms_norm with its weight (hidden_size)."""
+
+    def __init__(self, hidden_size, eps=1e-5, device=None, dtype=None):
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.empty(hidden_size, device=device, dtype=dtype))
+        self.register_parameter("bias", None)
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        torch.nn.init.ones_(self.weight)
+
+    def forward(self, x):
+        return rms_norm(x, self.weight, self.eps)

@@ -10,10 +10,17 @@ import torch
 import torch.nn.functional as F
 from flash_attn.layers.patch_embed import PatchEmbed
 from flash_attn.ops import activations
-from flash_attn.ops.fused_dense import FusedDense, FusedMLP, fused_dense_func, fused_mlp_func
+from flash_attn.ops.fused_dense import (
+    FusedDense,
+    FusedDenseFunc,
+    FusedMLP,
+    FusedMLPFunc,
+    fused_dense_func,
+    fused_mlp_func,
+)
 from flash_attn.ops.triton import k_activations
 from flash_attn.ops.triton.linear import triton_dgrad_act, triton_linear_act
-from flash_attn.ops.triton.mlp import FusedDenseSqreluDense
+from flash_attn.ops.triton.mlp import FusedDenseSqreluDense, FusedDenseSqreluDenseFunc
 from torch.autograd.graph import saved_tensors_hooks
 
 from layers.judge import DTYPES, judge
@@ -166,6 +173,10 @@ def test_mlp_modules():
     out, same = mlp(x)
     assert same is x and mlp.fc2.bias is None
     assert torch.allclose(out, mlp.fc2(squared_relu(mlp.fc1(x))), atol=1e-6)
+    given = x, mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, None
+    assert torch.equal(FusedMLPFunc.apply(*given, "sqrelu"), out)
+    assert torch.equal(FusedDenseSqreluDenseFunc.apply(*given), out)
+    assert torch.equal(FusedDenseFunc.apply(x, mlp.fc1.weight, mlp.fc1.bias), mlp.fc1(x))
     assert FusedMLP(8).fc1.weight.shape == (32, 8) and FusedMLP(8, out_features=5).fc2.weight.shape == (5, 32)
     old = FusedDenseSqreluDense(8)
     assert torch.allclose(old(x), old.fc2(squared_relu(old.fc1(x))), atol=1e-6)

@@ -103,9 +103,8 @@ SIGNATURES = {
     "ops.rms_norm.dropout_add_rms_norm_subset": SUBSET,
     "ops.rms_norm.dropout_add_rms_norm_parallel_residual": PARALLEL,
     "ops.rms_norm.DropoutAddRMSNorm": OLD_MODULE,
-    "ops.rms_norm.RMSNorm": (
-        "(hidden_size, eps=1e-05, dropout_p=0.0, zero_centered_weight=False, device=None, dtype=None)"
-    ),
+    "ops.rms_norm.RMSNorm": "(hidden_size, eps=1e-05, device=None, dtype=None)",
+    "ops.rms_norm.RMSNorm.forward": "(self, x)",
     "ops.activations.bias_gelu": "(y, bias)",
     "ops.activations.bias_gelu_back": "(g, y, bias)",
     "ops.activations.gelu_fwd": "(x)",

@@ -22,6 +22,7 @@ from flash_attn.ops.rms_norm import (
     dropout_add_rms_norm_subset,
     rms_norm,
 )
+from flash_attn.ops.rms_norm import RMSNorm as OldRMSNorm
 from flash_attn.ops.triton.layer_norm import (
     RMSNorm,
     layer_norm_fn,
@@ -237,6 +238,8 @@ def test_the_module():
         y, h = module(x, residual=x, prenorm=True)
         assert torch.equal(h, 2 * x) and (module.train()(x) == 0).float().mean() > 0.3
     assert RMSNorm(4, dtype=torch.bfloat16).weight.dtype == torch.bfloat16
+    old = OldRMSNorm(COLUMNS, 1e-5)
+    assert old.bias is None and torch.allclose(old(x), expected, atol=1e-6)
 
 
 OLD = {

@@ -7,7 +7,7 @@ from torch import nn
 from flash_attn._errors import NotServed
 from flash_attn.ops.fused_dense import fused_mlp_func
 
-__all__ = ["FusedDenseSqreluDense", "fused_dense_sqrelu_dense_function"]
+__all__ = ["FusedDenseSqreluDense", "FusedDenseSqreluDenseFunc", "fused_dense_sqrelu_dense_function"]
 
 
 def fused_dense_sqrelu_dense_function(x, weight1, bias1, weight2, bias2, checkpoint_lvl=0):
@@ -15,6 +15,12 @@ def fused_dense_sqrelu_dense_function(x, weight1, bias1, weight2, bias2, checkpo
     return fused_mlp_func(
         x, weight1, weight2, bias1, bias2, activation="sqrelu", checkpoint_lvl=checkpoint_lvl, heuristic=-1
     )
+
+
+class FusedDenseSqreluDenseFunc:
+    """`apply` as of upstream's autograd function."""
+
+    apply = staticmethod(fused_dense_sqrelu_dense_function)
 
 
 class FusedDenseSqreluDense(nn.Module):
