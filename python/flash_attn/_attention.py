@@ -7,7 +7,7 @@ traces (torch.compile, export, fake tensors, a dispatch mode), the operators of 
 from __future__ import annotations
 
 import numbers
-from typing import get_args, get_type_hints
+from typing import NamedTuple, get_args, get_type_hints
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from torch.autograd.profiler import record_function
 
 from flash_attn import _run
 from flash_attn._backend import current, use_backend
-from flash_attn._call import NO_DROPOUT, Dropout, Run, Scores, Sequences, check_tensors
+from flash_attn._call import FIXED, NO_DROPOUT, Dropout, Run, Scores, Sequences, check_tensors
 from flash_attn._errors import InvalidArgument, InvalidType, NotServed
 from flash_attn._refusal import refuse_gradient
 from flash_attn._s_dmask import s_dmask
@@ -50,8 +50,11 @@ def attention(inputs, sequences, scores, dropout_p, deterministic, return_attn_p
 
 def _eager(inputs, sequences, scores, dropout_p, deterministic, return_attn_probs):
     if _grad_enabled() and _needs_grad(inputs, scores):
-        settings = (len(inputs), True, dropout_p, deterministic, return_attn_probs)
-        return Attention.apply(*settings, *inputs, *sequences, *scores)
+        call = Call(len(inputs), sequences, scores, dropout_p, deterministic, return_attn_probs)
+        sink, bias = scores.learnable_sink, scores.attn_bias
+        if sink is None and bias is None:
+            return EagerAttention.apply(call, *inputs)
+        return EagerAttention.apply(call, *inputs, sink, bias)
     q, k, v = unpacked(inputs)
     named = current()
     run = Run(named, None, deterministic) if deterministic or named else _AUTOMATIC
@@ -84,7 +87,10 @@ def check_constants(scores: Scores) -> None:
 
 def _needs_grad(inputs, scores) -> bool:
     check_constants(scores)
-    for x in (*inputs, scores.learnable_sink, scores.attn_bias):
+    for x in inputs:
+        if x.requires_grad:
+            return True
+    for x in (scores.learnable_sink, scores.attn_bias):
         if isinstance(x, Tensor) and x.requires_grad:
             return True
     return False
@@ -152,11 +158,60 @@ def gradients(dout, q, k, v, out, lse, dlse, packing, sequences, scores, dropout
     return results
 
 
+class Call(NamedTuple):
+    """What autograd need not look into: arguments of EagerAttention that are no tensors, or have no gradient."""
+
+    n: int  # of inputs
+    sequences: Sequences
+    scores: Scores
+    dropout_p: float
+    deterministic: bool
+    return_attn_probs: bool
+
+
+class EagerAttention(torch.autograd.Function):
+    """Of (Call, inputs), and learnable_sink and attn_bias where there is either: every argument takes autograd time."""
+
+    @staticmethod
+    def forward(ctx, call, *leaves):
+        n, sequences, scores, dropout_p, deterministic, return_attn_probs = call
+        q, k, v = unpacked(leaves[:n])
+        named = current()
+        run = Run(named, None, deterministic, sequences.block_table is None)
+        out, lse, S_dmask, rng_state, backend = forward(
+            q, k, v, sequences, scores, dropout_p, run, True, return_attn_probs
+        )
+        tensors = ()
+        if sequences is not FIXED or len(leaves) > n or scores.alibi_slopes is not None:
+            tensors = *_tensors(sequences), *_tensors(scores)
+            call = call._replace(sequences=_without_tensors(sequences), scores=_without_tensors(scores))
+        ctx.save_for_backward(q, k, v, out, lse, rng_state, *tensors)
+        ctx.call, ctx.run = call, Run(named, backend, deterministic)
+        ctx.set_materialize_grads(False)  # a gradient that does not arrive is None, not zeros that cost time
+        if not return_attn_probs:
+            return out
+        ctx.mark_non_differentiable(S_dmask)
+        return out, lse, S_dmask
+
+    @staticmethod
+    def backward(ctx, dout, *more):
+        call = ctx.call
+        needed = ctx.needs_input_grad[1 + call.n :]
+        wants = needed or (False, False)
+        results = _differentiate(
+            ctx.saved_tensors, dout, more[0] if more else None, call.sequences, call.scores, call.n, call.dropout_p,
+            ctx.run, *wants,
+        )  # fmt: skip
+        if not needed:
+            return None, *results
+        return None, *results[: call.n], *_in_place(results[call.n :], needed)
+
+
 _SETTINGS = 5  # arguments of Attention before the inputs
 
 
 class Attention(torch.autograd.Function):
-    """(inputs, Sequences, Scores), flat, since autograd and Dynamo look for tensors among arguments only."""
+    """(inputs, Sequences, Scores), flat, since Dynamo looks for tensors among arguments only."""
 
     @staticmethod
     def forward(ctx, n, needs_grad, dropout_p, deterministic, return_attn_probs, *flat):
@@ -164,60 +219,59 @@ class Attention(torch.autograd.Function):
         sequences = Sequences(*rest[: len(_SEQUENCES)])
         scores = Scores(*rest[len(_SEQUENCES) :])
         q, k, v = unpacked(inputs)
-        plain = is_plain(*inputs)
-        if plain:
-            named = current()
-            run = Run(named, None, deterministic, needs_grad and sequences.block_table is None)
-            out, lse, S_dmask, rng_state, backend = forward(
-                q, k, v, sequences, scores, dropout_p, run, True, return_attn_probs
-            )
-            ctx.run = Run(named, backend, deterministic)
-        else:
-            out, lse, S_dmask, rng_state = _operator(q, k, v, sequences, scores, dropout_p, return_attn_probs)
-            ctx.run = Run(None if torch.compiler.is_compiling() else current(), None, deterministic)
+        out, lse, S_dmask, rng_state = _operator(q, k, v, sequences, scores, dropout_p, return_attn_probs)
         if needs_grad:
             ctx.save_for_backward(q, k, v, out, lse, rng_state if dropout_p != 0.0 else None, *_tensors(sequences),
                                   *_tensors(scores))  # fmt: skip
             ctx.numbers = _without_tensors(sequences), _without_tensors(scores)
             ctx.n, ctx.dropout_p = n, dropout_p
+            ctx.run = Run(None if torch.compiler.is_compiling() else current(), None, deterministic)
             if return_attn_probs:
                 ctx.mark_non_differentiable(S_dmask)
-            if plain:  # a gradient that does not arrive is None, not zeros that cost time
-                ctx.set_materialize_grads(False)
         return (out, lse, S_dmask) if return_attn_probs else out
 
     @staticmethod
     def backward(ctx, dout, *more):
-        q, k, v, out, lse, rng_state, *tensors = ctx.saved_tensors
-        dlse = more[0] if more else None
-        if dout is None:
-            dout = torch.zeros_like(out)
-        sequences, scores = _with_tensors(ctx.numbers, tensors)
-        if sequences.block_table is not None:
-            raise NotServed("block_table: pages of keys and values are not differentiable")
         needed = ctx.needs_input_grad[_SETTINGS + ctx.n + len(_SEQUENCES) :]
         wants = [needed[i] for i in _WANTED]
-        dropout = NO_DROPOUT if rng_state is None else Dropout(float(ctx.dropout_p), rng_state)
-        call = (dout, q, k, v, out, lse, dlse, 3 - ctx.n)
-        if is_plain(dout, q, k, v):
-            # Results of a graph of their own (create_graph=True) would be constants to it.
-            results = gradients(*call, sequences, scores, dropout, ctx.run, *wants)
-            if _grad_enabled():
-                words = "second derivatives of attention are not served"
-                results = refuse_gradient(words, results, (dout, dlse, q, k, v, *scores))
-        else:
-            call = (*call, *sequences, *scores, *dropout, ctx.run.deterministic, *wants)
-            if ctx.run.backend is None:
-                results = _ops._flash_attn_gradients(*call)
-            else:  # an operator has no argument for it
-                with use_backend(ctx.run.backend):
-                    results = _ops._flash_attn_gradients(*call)
+        results = _differentiate(
+            ctx.saved_tensors, dout, more[0] if more else None, *ctx.numbers, ctx.n, ctx.dropout_p, ctx.run, *wants
+        )
         of_scores = [None] * len(_SCORES)
-        extras = list(results[ctx.n :])
-        for i in _WANTED:
-            if needed[i]:
-                of_scores[i] = extras.pop(0)
+        for i, x in zip(_WANTED, _in_place(results[ctx.n :], wants)):  # noqa: B905  # Dynamo of torch 2.4, again
+            of_scores[i] = x
         return *(None,) * _SETTINGS, *results[: ctx.n], *(None,) * len(_SEQUENCES), *of_scores
+
+
+def _differentiate(saved, dout, dlse, sequences, scores, n, dropout_p, run, wants_dsink, wants_dbias):
+    """-> the gradients of the inputs, then of sink and bias where wanted. `saved`: q, k, v, out, lse, rng_state, and,
+    unless there are none at all, the tensors of `sequences` and `scores`, which hold the rest."""
+    q, k, v, out, lse, rng_state, *tensors = saved
+    if dout is None:
+        dout = torch.zeros_like(out)
+    if tensors:
+        sequences, scores = _with_tensors((sequences, scores), tensors)
+    if sequences.block_table is not None:
+        raise NotServed("block_table: pages of keys and values are not differentiable")
+    dropout = NO_DROPOUT if rng_state is None else Dropout(float(dropout_p), rng_state)
+    call = (dout, q, k, v, out, lse, dlse, 3 - n)
+    if is_plain(dout, q, k, v):
+        results = gradients(*call, sequences, scores, dropout, run, wants_dsink, wants_dbias)
+        if _grad_enabled():  # results of a graph of their own (create_graph=True) would be constants to it
+            words = "second derivatives of attention are not served"
+            results = refuse_gradient(words, results, (dout, dlse, q, k, v, *scores))
+        return results
+    call = (*call, *sequences, *scores, *dropout, run.deterministic, wants_dsink, wants_dbias)
+    if run.backend is None:
+        return _ops._flash_attn_gradients(*call)
+    with use_backend(run.backend):  # an operator has no argument for it
+        return _ops._flash_attn_gradients(*call)
+
+
+def _in_place(extras, wanted) -> list:
+    """The gradients of sink and bias, None where not wanted."""
+    extras = list(extras)
+    return [extras.pop(0) if is_wanted else None for is_wanted in wanted]
 
 
 def _tensors(group) -> list:
