@@ -8,7 +8,14 @@ if("amx" IN_LIST isas)
   set_source_files_properties(tests/cpp/cpu/emulated_tiles.cpp PROPERTIES
     COMPILE_OPTIONS "${kernel_flags};${avx512_flags}")
 endif()
-target_link_libraries(flash_attn_tests PRIVATE flash_attn_internal flash_attn_options GTest::gtest_main)
+target_link_libraries(flash_attn_tests PRIVATE flash_attn_internal flash_attn_options GTest::gtest_main ${CMAKE_DL_LIBS})
+# The loader of NVIDIA's driver belongs to the Python module. Its test loads a driver of ours.
+add_library(flash_attn_fake_libcuda MODULE tests/cpp/cuda/fake_libcuda.cpp)
+target_include_directories(flash_attn_fake_libcuda PRIVATE tests/cpp)
+file(GLOB driver_sources CONFIGURE_DEPENDS src/cuda/driver/*.cpp)
+target_sources(flash_attn_tests PRIVATE ${driver_sources})
+target_compile_definitions(flash_attn_tests PRIVATE FAKE_LIBCUDA="$<TARGET_FILE:flash_attn_fake_libcuda>")
+add_dependencies(flash_attn_tests flash_attn_fake_libcuda)
 target_compile_options(flash_attn_tests PRIVATE $<$<CONFIG:Release>:-O1>)  # compiling them costs more than running them
 target_include_directories(flash_attn_tests PRIVATE src tests/cpp)
 gtest_discover_tests(flash_attn_tests DISCOVERY_MODE PRE_TEST NO_PRETTY_VALUES PROPERTIES TIMEOUT 600)

@@ -69,6 +69,7 @@ void add_problem(nb::module_& m) {
       .def_prop_ro("empty_lse", [](const Problem& p) { return p.empty_lse(); })
       .def_prop_ro("device_type", [](const Problem& p) { return p.device.type; })
       .def_prop_ro("device_index", [](const Problem& p) { return p.device.index; })
+      .def_prop_ro("recordable", [](const Problem&) { return false; })
       .def_prop_ro("stream", [](const Problem& p) { return reinterpret_cast<uintptr_t>(p.run.stream); });
 }
 

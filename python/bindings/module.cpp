@@ -22,6 +22,7 @@
 #include "groups.hpp"
 #include "host_threads.hpp"
 #include "hosted.hpp"
+#include "recordings.hpp"
 #include "xla_handlers.hpp"
 
 namespace flash_attn::python {
@@ -93,19 +94,27 @@ void run_natively(const Backend& backend, const Problem& problem) {
   problem.pass == Pass::forward ? backend.forward(problem) : backend.backward(problem);
 }
 
-/// The name of the backend that served the call; or, where it is hosted, (name, Problem) for Python to run.
+/// The name of the backend that served the call; or, where it is hosted, (name, HostedCall) for Python to run, unless
+/// it has recorded what it launches.
 template <class Call>
 nb::object run(Call& call, nb::handle q, nb::handle veto) {
   DeviceServices services(q, call.q.device);
   services.offer(call.run);
   try {
     Problem problem = make_problem(call);
+    CallKey key;
+    if (records(problem.device) && veto.is_none()) {  // what follows a veto is not known by the key alone
+      key = key_of(call);
+      if (const auto recorded = launch_recorded(key, problem))
+        return nb::str(recorded->backend.data(), recorded->backend.size());
+    }
     const Backend& backend = choose_or_throw(problem, vetoes(veto));
     const bool nothing = problem.writes_nothing(), hosted = backend.hosted();
     if (!nothing && !hosted) run_natively(backend, problem);
     nb::str name(backend.name().data(), backend.name().size());
     if (nothing || !hosted) return name;
-    return nb::make_tuple(name, nb::cast(std::move(problem)));
+    return nb::make_tuple(name,
+                          nb::cast(HostedCall{std::move(problem), std::string(backend.name()), std::move(key.bytes)}));
   } catch (const std::bad_alloc&) {
     throw Error(ErrorCode::out_of_memory, "out of memory");
   }
@@ -255,6 +264,7 @@ NB_MODULE(_C, m) {
   m.doc() = "The compiled core of flash_attn.";
   add_errors(m);
   add_hosted(m);
+  add_recordings(m);
   m.def("forward", &py_forward, FA_FORWARD, nb::arg("veto") = nb::none(), nb::arg("cache") = false);
   m.def("backward", &py_backward, FA_BACKWARD, nb::arg("veto") = nb::none());
   m.def("explain_forward", &py_explain_forward, FA_FORWARD, nb::arg("veto") = nb::none());

@@ -47,6 +47,8 @@ void register_backend(std::unique_ptr<Backend> backend, std::string_view before 
 void replace_backend(std::unique_ptr<Backend> backend, std::string_view before = {});
 void unregister_backend(std::string_view name);
 std::vector<const Backend*> registered_backends();
+/// Grows whenever a backend comes or goes: what was chosen before may be chosen no more.
+uint64_t registry_generation();
 
 /// Why `backend` will not serve `problem`, empty if it will: by device, then availability, capability data, and its own
 /// word. With run.differentiable a backend that is `named` must also serve the backward, as far as that can be known.

@@ -5,6 +5,7 @@
 #include <pthread.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <mutex>
 #include <utility>
@@ -69,16 +70,18 @@ class Registry {
     }
     if (!before.empty() && (place = find(list, before)) == list.end()) unknown_backend(before, list, "before");
     list.insert(place, std::move(backend));
-    list_ = std::make_shared<const List>(std::move(list));
+    replace(std::move(list));
   }
 
   bool remove(std::string_view name) {
     const std::lock_guard lock(mutex_);
     List list = *list_;
     if (std::erase_if(list, [&](const auto& backend) { return backend->name() == name; }) == 0) return false;
-    list_ = std::make_shared<const List>(std::move(list));
+    replace(std::move(list));
     return true;
   }
+
+  uint64_t generation() const { return generation_.load(std::memory_order_acquire); }
 
  private:
   Registry() {
@@ -89,7 +92,14 @@ class Registry {
                    [] { instance().mutex_.unlock(); });
   }
 
+  /// With the lock held.
+  void replace(List list) {
+    list_ = std::make_shared<const List>(std::move(list));
+    generation_.fetch_add(1, std::memory_order_release);
+  }
+
   std::mutex mutex_;
+  std::atomic<uint64_t> generation_{0};
   std::shared_ptr<const List> list_ = std::make_shared<const List>();
 };
 
@@ -185,6 +195,8 @@ std::vector<const Backend*> registered_backends() {
   for (const auto& backend : *Registry::instance().list()) backends.push_back(backend.get());
   return backends;
 }
+
+uint64_t registry_generation() { return Registry::instance().generation(); }
 
 std::string answer(const Backend& backend, const Problem& problem, bool named) {
   if (!names_device(backend, problem.device)) {

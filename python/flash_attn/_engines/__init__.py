@@ -25,6 +25,12 @@
     rotary_dim (0: none), rotary_interleaved, deterministic, empty_lse
     device_type, device_index          DLPack's: 1 CPU, 2 CUDA, 10 ROCm, 14 XPU
     stream                             of q's device, as an integer
+    recordable, record(launches, workspace_bytes=0)
+                                       what was launched may be handed over, where it is a function of p and the layout
+                                       of t alone: the core launches it again for every call of the same key (see
+                                       src/core/recordings.hpp), without the engine. A launch is (function, programs,
+                                       threads, shared_bytes, parameters): of CUDA's driver; a parameter is a tensor by
+                                       its name in `Tensors`, an offset in the workspace (int), or a number (bytes)
 
 An engine computes without autograd of its own: where a dispatch mode watches, autograd is off in its backward.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from typing import ClassVar
 
 import torch
 
@@ -20,6 +21,12 @@ class _DLTensor(ctypes.Structure):
     ]  # fmt: skip
 
 
+def _capsule(address: int, name: bytes):
+    new = ctypes.pythonapi.PyCapsule_New
+    new.restype, new.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
+    return new(address, name, None)
+
+
 class OnDevice:
     """`x`, said to lie on a device. Whoever reads it as the device's own memory reads the CPU's: no test does."""
 
@@ -32,6 +39,69 @@ class OnDevice:
         self._managed = _DLTensor(x.data_ptr(), device_type, index, x.dim(), code, bits, 1, *pointers, 0, None, None)
 
     def __dlpack__(self):
-        new = ctypes.pythonapi.PyCapsule_New
-        new.restype, new.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
-        return new(ctypes.addressof(self._managed), b"dltensor", None)
+        return _capsule(ctypes.addressof(self._managed), b"dltensor")
+
+
+class _Managed(ctypes.Structure):
+    """DLManagedTensorVersioned; of the tensor within, only the first fields are its own."""
+
+    _fields_ = [
+        ("major", ctypes.c_uint32), ("minor", ctypes.c_uint32), ("context", ctypes.c_void_p),
+        ("deleter", ctypes.c_void_p), ("flags", ctypes.c_uint64), ("tensor", _DLTensor),
+    ]  # fmt: skip
+
+
+_SIZE_OF_TENSOR = _DLTensor.context.offset
+_ALLOCATE = ctypes.CFUNCTYPE(
+    ctypes.c_int, ctypes.POINTER(_DLTensor), ctypes.POINTER(ctypes.c_void_p), ctypes.c_void_p, ctypes.c_void_p
+)
+_DELETE = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+_FROM_OBJECT = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.py_object, ctypes.c_void_p)
+_STREAM = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int32, ctypes.c_int32, ctypes.POINTER(ctypes.c_void_p))
+
+
+class _Exchange(ctypes.Structure):
+    _fields_ = [
+        ("major", ctypes.c_uint32), ("minor", ctypes.c_uint32), ("previous", ctypes.c_void_p),
+        ("allocate", _ALLOCATE), ("managed_from_object", ctypes.c_void_p), ("managed_to_object", ctypes.c_void_p),
+        ("tensor_from_object", _FROM_OBJECT), ("current_work_stream", _STREAM),
+    ]  # fmt: skip
+
+
+class OfFramework(OnDevice):
+    """The same, of a framework with a stream of its own (`stream`) and an allocator (`live`: what is out)."""
+
+    stream = 4096
+    live: ClassVar[dict[int, tuple]] = {}
+    allocated: ClassVar[list[tuple[int, int]]] = []  # (address, bytes), since the list was cleared
+
+    @staticmethod
+    def _allocate(prototype, out, _context, _set_error):
+        size = prototype[0].shape[0]
+        memory = torch.empty(size + 16, dtype=torch.uint8)
+        address = memory.data_ptr() + -memory.data_ptr() % 16
+        tensor = _DLTensor(address, prototype[0].device_type, prototype[0].device_id, 1, 1, 8, 1)
+        managed = _Managed(1, 1, None, ctypes.cast(_delete, ctypes.c_void_p), 0, tensor)
+        OfFramework.live[ctypes.addressof(managed)] = managed, memory
+        OfFramework.allocated.append((address, size))
+        out[0] = ctypes.addressof(managed)
+        return 0
+
+    @staticmethod
+    def _from_object(x, out):
+        ctypes.memmove(out, ctypes.addressof(x._managed), _SIZE_OF_TENSOR)
+        return 0
+
+    @staticmethod
+    def _current_stream(_type, _index, out):
+        out[0] = OfFramework.stream
+        return 0
+
+
+_delete = _DELETE(lambda managed: OfFramework.live.pop(managed) and None)
+_exchange = _Exchange(
+    1, 3, None, _ALLOCATE(OfFramework._allocate), None, None, _FROM_OBJECT(OfFramework._from_object),
+    _STREAM(OfFramework._current_stream),
+)  # fmt: skip
+_NAME = b"dlpack_exchange_api"  # which the capsule does not copy
+OfFramework.__dlpack_c_exchange_api__ = _capsule(ctypes.addressof(_exchange), _NAME)

@@ -85,6 +85,7 @@ def make(
         rotary_interleaved=rotary_interleaved,
         deterministic=deterministic,
         empty_lse=empty_lse,
+        recordable=False,
         stream=torch.cuda.current_stream(q.device).cuda_stream if q.is_cuda else 0,
     )
     return p, t

@@ -12,6 +12,7 @@ import os
 import torch
 import triton
 
+from flash_attn import _C
 from flash_attn._engines.triton import backward, configs, forward
 from flash_attn._engines.triton.backward import run_backward
 from flash_attn._engines.triton.device import device_of
@@ -26,6 +27,7 @@ def forget() -> None:
     """All prepared launches: tiles have changed."""
     forward._calls.clear()
     backward._calls.clear()
+    _C.forget_recordings()
 
 
 class TritonEngine:

@@ -9,6 +9,7 @@ from flash_attn._engines.triton.kernels.append import append_kernel
 from flash_attn._engines.triton.kernels.combine import combine_kernel
 from flash_attn._engines.triton.kernels.forward import forward_kernel
 from flash_attn._engines.triton.launch import Call, Calls, Kernel, layout
+from flash_attn._engines.triton.recording import record, recordable
 
 FORWARD = Kernel(forward_kernel, ("q", "k", "v", "out"))
 COMBINE = Kernel(combine_kernel, ())
@@ -143,13 +144,16 @@ class Plan:
 
 _calls = Calls()
 
+_OPTIONAL = (
+    "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "leftpad_k", "cache_batch_idx", "block_table",
+    "cu_seqlens_new", "alibi_slopes", "bias", "sink", "rotary_cos", "rotary_sin", "rotary_positions", "dropout_state",
+)  # fmt: skip
+
 
 def run_forward(p, t, device, index, version) -> None:
-    if p.seqlen_new or p.max_new:
-        append(p, t, index)
     q, k, v, out, lse = t.q, t.k, t.v, t.out, t.lse
-    packed_q = t.cu_seqlens_q is not None
-    if packed_q and t.seqused_q is not None:  # rows of a sequence that are not in use may be more than max_seqlen_q
+    fills = t.cu_seqlens_q is not None and t.seqused_q is not None
+    if fills:  # rows of a sequence that are not in use may be more than max_seqlen_q
         out.zero_()
         if lse is not None:
             lse.fill_(p.empty_lse)
@@ -163,28 +167,48 @@ def run_forward(p, t, device, index, version) -> None:
         lse is not None and lse.stride(), (q.data_ptr() | k.data_ptr() | v.data_ptr() | out.data_ptr()) & 15,
         p.scale, p.softcap, p.window_left, p.window_right, p.chunk, p.max_seqlen_q, p.max_seqlen_k, p.empty_lse,
         p.used_k, p.drop_threshold, None if optional == _NOTHING else (layout(optional), p.rotary_interleaved),
-        None if not (p.seqlen_new or p.max_new) else (p.seqlen_new, p.rows_new, p.max_new),
+        None if t.new_k is None else (p.seqlen_new, p.rows_new, p.max_new, layout((t.new_k, t.new_v))),
         precision(p), None if not p.drop_threshold or t.dropout_state is not None else (p.seed, p.offset),
     )  # fmt: skip
     calls = _calls.get(known)
-    if calls is None:
+    again = calls is not None
+    if not again:
         calls = _calls.add(known, prepare(p, t, optional, device, version))
-    call, parts, joining = calls
+    joins, call, parts, joining = calls
+    if joins is not None:
+        APPEND(joins, index, p.stream, (k, v, t.new_k, t.new_v, *(getattr(t, name) for name in _OF_APPEND)))
     if parts == 1:
         FORWARD(call, index, p.stream, (q, k, v, out, lse, None, None, *optional))
+    else:
+        memory = p.batch_q * p.rows_q * p.nheads
+        out_parts = q.new_empty((parts, memory, p.headdim_v), dtype=torch.float32)
+        lse_parts = q.new_empty((parts, memory), dtype=torch.float32)
+        FORWARD(call, index, p.stream, (q, k, v, out, None, out_parts, lse_parts, *optional))
+        COMBINE(joining, index, p.stream, (out_parts, lse_parts, out, lse, t.sink))
+    if again and not fills and recordable(p):
+        hand_over(p, calls)
+
+
+def hand_over(p, calls) -> None:
+    joins, call, parts, joining = calls
+    launches = [] if joins is None else [(joins, ("k", "v", "new_k", "new_v", *_OF_APPEND))]
+    if parts == 1:
+        launches.append((call, ("q", "k", "v", "out", "lse", None, None, *_OPTIONAL)))
+        record(p, launches)
         return
-    memory = p.batch_q * p.rows_q * p.nheads
-    out_parts = q.new_empty((parts, memory, p.headdim_v), dtype=torch.float32)
-    lse_parts = q.new_empty((parts, memory), dtype=torch.float32)
-    FORWARD(call, index, p.stream, (q, k, v, out, None, out_parts, lse_parts, *optional))
-    COMBINE(joining, index, p.stream, (out_parts, lse_parts, out, lse, t.sink))
+    lse_parts = 4 * parts * p.batch_q * p.rows_q * p.nheads * p.headdim_v  # bytes of out_parts, which lies in front
+    launches.append((call, ("q", "k", "v", "out", None, 0, lse_parts, *_OPTIONAL)))
+    launches.append((joining, (0, lse_parts, "out", "lse", "sink")))
+    record(p, launches, lse_parts + 4 * parts * p.batch_q * p.rows_q * p.nheads)
 
 
 _NOTHING = (None,) * 15
 
 
-def prepare(p, t, optional, device, version) -> tuple[Call, int, Call | None]:
-    """-> the launch, in how many parts keys are taken, and the launch that joins them."""
+def prepare(p, t, optional, device, version) -> tuple[Call | None, Call, int, Call | None]:
+    """-> the launch that appends new keys, that of the forward, in how many parts keys are taken, and the launch that
+    joins these."""
+    joins = prepare_append(p, t)
     plan = Plan(p, device, version)
     tile = plan.tile
     packed_q = t.cu_seqlens_q is not None
@@ -253,7 +277,7 @@ def prepare(p, t, optional, device, version) -> tuple[Call, int, Call | None]:
     )  # fmt: skip
     call = Call(grid, numbers, constants, key, aligned, tile[2:4], plan.choice)
     if not split:
-        return call, 1, None
+        return joins, call, 1, None
     memory = p.batch_q * p.rows_q * p.nheads
     numbers = (
         o_b, o_r, o_h, lse_b, lse_h, cols[3], lse_r, memory, p.rows_q, p.nheads, p.headdim_v, plan.parts, sink_h,
@@ -264,17 +288,23 @@ def prepare(p, t, optional, device, version) -> tuple[Call, int, Call | None]:
         p.dtype, lse is None, None if t.sink is None else t.sink.dtype, cols[3] is None, lse_r is None,
         widths((cols[3], lse_r, sink_h)),
     )  # fmt: skip
-    return call, plan.parts, Call(memory, numbers, constants, key, False, (4 if plan.columns_v <= 128 else 8, 1))
+    joining = Call(memory, numbers, constants, key, False, (4 if plan.columns_v <= 128 else 8, 1))
+    return joins, call, plan.parts, joining
 
 
 def signed(x: int) -> int:
     return x - (1 << 64) if x >= 1 << 63 else x
 
 
-def append(p, t, index) -> None:
+_OF_APPEND = (
+    "seqused_k", "cache_batch_idx", "block_table", "cu_seqlens_new", "rotary_cos", "rotary_sin", "rotary_positions",
+)  # fmt: skip
+
+
+def prepare_append(p, t) -> Call | None:
     new = p.max_new or p.seqlen_new
     if not (new and p.batch and p.rows_new):
-        return
+        return None
     rows = min(32, 1 << (new - 1).bit_length())
     tiles = -(-new // rows)
     packed = t.cu_seqlens_new is not None
@@ -287,10 +317,7 @@ def append(p, t, index) -> None:
     if p.rotary_dim:
         rotary = (*t.rotary_cos.stride(), *t.rotary_sin.stride(), t.rotary_cos.shape[0], p.rotary_dim // 2)
     used = p.used_k if p.used_k >= 0 else None
-    optional = (
-        t.seqused_k, t.cache_batch_idx, t.block_table, t.cu_seqlens_new, t.rotary_cos, t.rotary_sin,
-        t.rotary_positions,
-    )  # fmt: skip
+    optional = [getattr(t, name) for name in _OF_APPEND]
     constants = (
         rows, power_of_two(p.headdim), power_of_two(p.headdim_v), p.page_size > 0,
         p.rotary_interleaved if p.rotary_dim else False,
@@ -303,5 +330,4 @@ def append(p, t, index) -> None:
         None if packed else p.seqlen_new, p.rows_new, new, p.page_size or None,
         t.block_table.stride(0) if p.page_size else None, *rotary,
     )  # fmt: skip
-    call = Call(p.batch * tiles * p.nheads_k, numbers, constants, key, False, (4, 1))
-    APPEND(call, index, p.stream, (t.k, t.v, t.new_k, t.new_v, *optional))
+    return Call(p.batch * tiles * p.nheads_k, numbers, constants, key, False, (4, 1))

@@ -28,7 +28,7 @@ class Again(Exception):
 class Call:
     """One launch but for its tensors: what follows from shapes, strides and numbers, and is kept from call to call."""
 
-    __slots__ = ("aligned", "choice", "compiled", "constants", "key", "numbers", "programs", "stages", "warps")
+    __slots__ = ("aligned", "choice", "compiled", "constants", "key", "numbers", "programs", "stages", "step", "warps")
 
     def __init__(self, programs: int, numbers: tuple, constants: tuple, key, aligned: bool, tile, choice=None):
         """`numbers`: arguments behind the tensors; `constants`: the constexprs, which come last; `choice`: of tile."""
@@ -36,6 +36,7 @@ class Call:
         self.key, self.aligned, self.choice = key, aligned, choice
         self.warps, self.stages = tile
         self.compiled = None
+        self.step = None  # what recording.py makes of it
 
 
 class Kernel:
