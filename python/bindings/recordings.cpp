@@ -84,7 +84,10 @@ Parameter parameter(nb::handle given, int64_t workspace_bytes) {
 
 void record(const HostedCall& call, nb::list launches, int64_t workspace_bytes) {
   if (call.key.empty()) throw Error(ErrorCode::invalid_argument, "record: this call is not recordable");
-  Recording recording{.backend = call.backend, .workspace_bytes = workspace_bytes, .context = launcher().context()};
+  const void* const context = launcher().context();
+  if (const auto known = recordings().find(call.key); known && known->context == context)
+    return;  // it could not be launched just now, from where the call came
+  Recording recording{.backend = call.backend, .workspace_bytes = workspace_bytes, .context = context};
   for (const nb::handle given : launches) {
     Launch launch{.function = nb::cast<uint64_t>(given[0]),
                   .programs = nb::cast<uint32_t>(given[1]),

@@ -129,6 +129,15 @@ def test_a_veto_asks_again_and_records_nothing(launched):
     flash_attn.unregister_backend("second")
 
 
+def test_the_first_recording_stays(launched):
+    (_, first), _ = call()
+    (_, second), _ = call()
+    first.record([(7, 1, 32, 0, [])])
+    second.record([(8, 1, 32, 0, [])])
+    call()
+    assert [function for function, *_ in launched] == [7]
+
+
 def test_checks_come_first(launched):
     record()
     with pytest.raises(ValueError, match="overlap"):
@@ -142,6 +151,7 @@ def test_without_an_allocator_only_what_needs_none_is_launched(launched):
 
     record(make=on_device)
     assert call(make=on_device)[0][0] == "toy" and not launched
+    _C.forget_recordings()
     record([(7, 1, 32, 0, ["q"])], 0, make=on_device)
     assert call(make=on_device)[0] == "toy" and len(launched) == 1
 
