@@ -121,9 +121,6 @@ void add_recordings(nb::module_& m) {
   m.def("forget_recordings", [] { recordings().clear(); });
   m.def("recordings", [] { return recordings().size(); });
   m.def("launch_by", &launch_by, nb::arg("function").none());
-  nb::list roles;
-  for (const std::string_view name : kRoleNames) roles.append(nb::str(name.data(), name.size()));
-  m.attr("tensor_names") = nb::tuple(roles);
 }
 
 }  // namespace flash_attn::python

@@ -6,6 +6,7 @@ import flash_attn
 import pytest
 import torch
 from flash_attn import _C
+from flash_attn._engines import Tensors
 from support.device_tensors import CUDA, ROCM, OfFramework, OnDevice
 from support.groups import groups
 
@@ -164,6 +165,15 @@ def test_only_cuda_devices_are_recorded(launched):
     _C.launch_by(None)
     if not torch.cuda.is_available():
         assert not call()[0][1].recordable
+
+
+def test_every_tensor_has_the_name_that_engines_know(launched):
+    names = [name for name in dir(Tensors) if not name.startswith("_")]
+    record([(7, 1, 32, 0, names)])
+    _, t = call()
+    ((*_, values),) = launched
+    addresses = {name: x.data_ptr() for name, x in t.items()}
+    assert values == [addresses.get(name, 0) for name in names] and len(names) > 25
 
 
 @pytest.mark.parametrize(
