@@ -322,7 +322,7 @@ def explain_on(device_type, *, tables=False, **call):
     lse = OnDevice(torch.zeros(4, 10), device_type)
     garbage = OnDevice(torch.tensor([5, -7, 2**30], dtype=torch.int32), device_type)
     sequences = {"cu_seqlens_q": garbage, "cu_seqlens_k": garbage, "max_seqlen_q": 2**40, "max_seqlen_k": 7}
-    problem, candidates, _, p = _C.explain_forward(
+    problem, candidates, _, p, _ = _C.explain_forward(
         q, k, k, OnDevice(torch.zeros(10, 4, 16), device_type), lse, *groups(**sequences, **call)
     )
     return problem, {name: why_not for name, _, why_not in candidates}, p
