@@ -10,7 +10,7 @@
 
 namespace flash_attn::cpu {
 
-// What the plan is made of. [n]: the entry of docs/performance-log.md that measured it. "Counted": by what stands
+// What the plan is made of. [n]: the entry of docs/performance/ that measured it. "Counted": by what stands
 // there.
 //
 // clang-format off
