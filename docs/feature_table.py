@@ -1,4 +1,5 @@
-"""Prints the table of docs/backends.md, from what the backends say of themselves; --write puts it there."""
+"""Prints the table of docs/backends.md, from what the backends say of themselves; --write puts it there, and into
+docs/backends.zh.md."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import flash_attn
 
-PAGE = Path(__file__).with_name("backends.md")
+PAGES = [Path(__file__).with_name(name) for name in ("backends.md", "backends.zh.md")]
 BEGIN, END = "<!-- features: begin -->\n", "<!-- features: end -->\n"
 
 
@@ -35,14 +36,14 @@ def table() -> str:
     return "".join(lines)
 
 
-def page_with(text: str) -> str:
-    page = PAGE.read_text(encoding="utf-8")
-    head, rest = page.split(BEGIN)
+def page_with(page: Path, text: str) -> str:
+    head, rest = page.read_text(encoding="utf-8").split(BEGIN)
     return head + BEGIN + text + END + rest.split(END)[1]
 
 
 if __name__ == "__main__":
     if "--write" in sys.argv[1:]:
-        PAGE.write_text(page_with(table()), encoding="utf-8")
+        for page in PAGES:
+            page.write_text(page_with(page, table()), encoding="utf-8")
     else:
         print(table(), end="")
