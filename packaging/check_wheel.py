@@ -31,8 +31,12 @@ def imports(program: str) -> set[str]:
     return found
 
 
+def examples() -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```$", README.read_text(encoding="utf-8"), re.M | re.S)
+
+
 def run_examples() -> None:
-    blocks = re.findall(r"^```python\n(.*?)^```$", README.read_text(encoding="utf-8"), re.M | re.S)
+    blocks = examples()
     chosen = [b for b in blocks if all(importlib.util.find_spec(name) for name in imports(b))]
     if not chosen:
         sys.exit(f"check_wheel: {README.name} has no example that this environment can run")

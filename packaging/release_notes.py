@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def notes(tag: str | None) -> str:
     version = re.search(r"project\(FlashAttnPlus VERSION ([\d.]+)", (ROOT / "CMakeLists.txt").read_text())[1]
     changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
-    section = re.search(rf"^## {re.escape(version)} \((.+)\)\n(.*?)(?=^## |\Z)", changelog, re.M | re.S)
+    section = re.search(rf"^## {re.escape(version)} \(([^)\n]+)\)\n(.*?)(?=^## |\Z)", changelog, re.M | re.S)
     if section is None:
         raise SystemExit(f"release: CHANGELOG.md has no section '## {version} (DATE)'")
     if tag is not None and tag != f"v{version}":
