@@ -38,26 +38,34 @@ _WANTED = tuple(_SCORES.index(name) for name in ("learnable_sink", "attn_bias"))
 _CONSTANTS = tuple(Scores._fields.index(name) for name in ("softmax_scale", "softcap", "alibi_slopes"))
 
 
-def attention(inputs, sequences, scores, dropout_p, deterministic, return_attn_probs, name):
-    """`inputs`: (q, k, v), (q, kv) or (qkv,); `name`: the public function's. -> out, or (out, softmax_lse, S_dmask)."""
+def attention(
+    inputs, sequences, scores, dropout_p, deterministic, return_attn_probs, name, positive_empty_lse=True
+):  # fmt: skip
+    """`inputs`: (q, k, v), (q, kv) or (qkv,); `name`: the public function's; `positive_empty_lse`: as in Run.
+
+    -> out, or (out, softmax_lse, S_dmask).
+    """
+    settings = (dropout_p, deterministic, return_attn_probs, positive_empty_lse)
     if not is_plain(*inputs):
-        return _traced(inputs, sequences, scores, dropout_p, deterministic, return_attn_probs)
+        return _traced(inputs, sequences, scores, settings)
     if _profiler_enabled():
         with record_function(name):
-            return _eager(inputs, sequences, scores, dropout_p, deterministic, return_attn_probs)
-    return _eager(inputs, sequences, scores, dropout_p, deterministic, return_attn_probs)
+            return _eager(inputs, sequences, scores, *settings)
+    return _eager(inputs, sequences, scores, *settings)
 
 
-def _eager(inputs, sequences, scores, dropout_p, deterministic, return_attn_probs):
+def _eager(inputs, sequences, scores, dropout_p, deterministic, return_attn_probs, positive_empty_lse):
     if _grad_enabled() and _needs_grad(inputs, scores):
-        call = Call(len(inputs), sequences, scores, dropout_p, deterministic, return_attn_probs)
+        call = Call(len(inputs), sequences, scores, dropout_p, deterministic, return_attn_probs, positive_empty_lse)
         sink, bias = scores.learnable_sink, scores.attn_bias
         if sink is None and bias is None:
             return EagerAttention.apply(call, *inputs)
         return EagerAttention.apply(call, *inputs, sink, bias)
     q, k, v = unpacked(inputs)
     named = current()
-    run = Run(named, None, deterministic) if deterministic or named else _AUTOMATIC
+    run = _AUTOMATIC
+    if deterministic or named or not positive_empty_lse:
+        run = Run(named, None, deterministic, False, positive_empty_lse)
     if dropout_p == 0.0 and not return_attn_probs:  # the short way
         out = empty_out(q, v)
         _run.forward(q, k, v, out, None, sequences, scores, None, run)
@@ -66,15 +74,14 @@ def _eager(inputs, sequences, scores, dropout_p, deterministic, return_attn_prob
     return (out, lse, S_dmask) if return_attn_probs else out
 
 
-def _traced(inputs, sequences, scores, dropout_p, deterministic, return_attn_probs):
+def _traced(inputs, sequences, scores, settings):
     if len(inputs) == 3:  # packed ones have been checked
         check_tensors(q=inputs[0], k=inputs[1], v=inputs[2])
     needs_grad = _grad_enabled() and _needs_grad(inputs, scores)
     inputs = _distinct(inputs)
     sequences = Sequences(*_distinct(plain_numbers(sequences, OF_SEQUENCES)))
     scores = Scores(*plain_numbers(scores, OF_SCORES))
-    settings = (len(inputs), needs_grad, dropout_p, deterministic, return_attn_probs)
-    return Attention.apply(*settings, *inputs, *sequences, *scores)
+    return Attention.apply(len(inputs), needs_grad, *settings, *inputs, *sequences, *scores)
 
 
 def check_constants(scores: Scores) -> None:
@@ -167,6 +174,7 @@ class Call(NamedTuple):
     dropout_p: float
     deterministic: bool
     return_attn_probs: bool
+    positive_empty_lse: bool
 
 
 class EagerAttention(torch.autograd.Function):
@@ -174,10 +182,10 @@ class EagerAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, call, *leaves):
-        n, sequences, scores, dropout_p, deterministic, return_attn_probs = call
+        n, sequences, scores, dropout_p, deterministic, return_attn_probs, positive_empty_lse = call
         q, k, v = unpacked(leaves[:n])
         named = current()
-        run = Run(named, None, deterministic, sequences.block_table is None)
+        run = Run(named, None, deterministic, sequences.block_table is None, positive_empty_lse)
         out, lse, S_dmask, rng_state, backend = forward(
             q, k, v, sequences, scores, dropout_p, run, True, return_attn_probs
         )
@@ -207,19 +215,21 @@ class EagerAttention(torch.autograd.Function):
         return None, *results[: call.n], *_in_place(results[call.n :], needed)
 
 
-_SETTINGS = 5  # arguments of Attention before the inputs
+_SETTINGS = 6  # arguments of Attention before the inputs
 
 
 class Attention(torch.autograd.Function):
     """(inputs, Sequences, Scores), flat, since Dynamo looks for tensors among arguments only."""
 
     @staticmethod
-    def forward(ctx, n, needs_grad, dropout_p, deterministic, return_attn_probs, *flat):
+    def forward(ctx, n, needs_grad, dropout_p, deterministic, return_attn_probs, positive_empty_lse, *flat):
         inputs, rest = flat[:n], flat[n:]
         sequences = Sequences(*rest[: len(_SEQUENCES)])
         scores = Scores(*rest[len(_SEQUENCES) :])
         q, k, v = unpacked(inputs)
-        out, lse, S_dmask, rng_state = _operator(q, k, v, sequences, scores, dropout_p, return_attn_probs)
+        out, lse, S_dmask, rng_state = _operator(
+            q, k, v, sequences, scores, dropout_p, return_attn_probs, positive_empty_lse
+        )
         if needs_grad:
             ctx.save_for_backward(q, k, v, out, lse, rng_state if dropout_p != 0.0 else None, *_tensors(sequences),
                                   *_tensors(scores))  # fmt: skip
@@ -290,7 +300,7 @@ def _with_tensors(numbers, tensors) -> tuple[Sequences, Scores]:
     return Sequences(*values[: len(_SEQUENCES)]), Scores(*values[len(_SEQUENCES) :])
 
 
-def _operator(q, k, v, sequences, scores, dropout_p, return_softmax):
+def _operator(q, k, v, sequences, scores, dropout_p, return_softmax, positive_empty_lse):
     """The forward as an operator in a graph: -> out, softmax_lse, S_dmask, rng_state."""
     named = {}
     for i, name in enumerate(_SCORES):
@@ -299,6 +309,7 @@ def _operator(q, k, v, sequences, scores, dropout_p, return_softmax):
         named["softmax_scale"] = q.shape[-1] ** -0.5 if q.dim() and q.shape[-1] else 1.0
     named["dropout_p"], named["return_softmax"] = dropout_p, return_softmax
     named["rng_state"] = draw_rng_state(q) if dropout_p > 0 else None
+    named["positive_empty_lse"] = positive_empty_lse
     if sequences.cu_seqlens_q is None:
         return _ops._flash_attn_forward(q, k, v, **named)
     for i, name in enumerate(_SEQUENCES):

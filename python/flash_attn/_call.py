@@ -91,16 +91,17 @@ NO_DROPOUT = Dropout()
 EXTENSIONS = ("learnable_sink", "attn_bias", "attention_chunk")
 
 
-def extended(function):
+def show_keywords(function, defaults: dict):
     """A function that takes `**extensions`, shown with them as keyword-only parameters: callers look at signatures."""
     signature = inspect.signature(function)
     own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
-    more = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=Scores._field_defaults[name])
-        for name in EXTENSIONS
-    ]
+    more = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=x) for name, x in defaults.items()]
     function.__signature__ = signature.replace(parameters=own + more)
     return function
+
+
+def extended(function):
+    return show_keywords(function, {name: Scores._field_defaults[name] for name in EXTENSIONS})
 
 
 def scores_of(softmax_scale, causal, window_size, softcap, alibi_slopes, extensions: dict) -> Scores:

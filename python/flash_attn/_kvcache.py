@@ -19,11 +19,12 @@ from flash_attn._tensors import empty_lse, empty_out, is_plain
 _NO_KEYS, _NO_ROTARY = NewKeys(), Rotary()
 
 
-def _attend(q, k_cache, v_cache, sequences, scores, new_keys, rotary, wants_lse):
+def _attend(q, k_cache, v_cache, sequences, scores, new_keys, rotary, wants_lse, positive_empty_lse):
     """-> out, softmax_lse or None."""
     out = empty_out(q, v_cache)
     lse = empty_lse(q) if wants_lse else None
-    _run.forward(q, k_cache, v_cache, out, lse, sequences, scores, None, Run(current()), new_keys, rotary, cache=True)
+    run = Run(current(), positive_empty_lse=positive_empty_lse)
+    _run.forward(q, k_cache, v_cache, out, lse, sequences, scores, None, run, new_keys, rotary, cache=True)
     return out, lse
 
 
@@ -35,14 +36,15 @@ def _unnamed(group, prefix: str, call: dict):
 def _operator(call: dict):
     new_keys, rotary = _unnamed(NewKeys, "new", call), _unnamed(Rotary, "rotary", call)
     sequences, scores = pick(Sequences, call), pick(Scores, call)
-    return _attend(call["q"], call["k_cache"], call["v_cache"], sequences, scores, new_keys, rotary, True)
+    groups = (sequences, scores, new_keys, rotary)
+    return _attend(call["q"], call["k_cache"], call["v_cache"], *groups, True, call["positive_empty_lse"])
 
 
 def _fake(call: dict):
     return empty_out(call["q"], call["v_cache"]), empty_lse(call["q"])
 
 
-_GROUPS = f"{declare(Sequences, required=True)}, {declare(Scores, required=True)}"
+_GROUPS = f"{declare(Sequences, required=True)}, {declare(Scores, required=True)}, bool positive_empty_lse=True"
 define(
     f"_flash_attn_kvcache_forward(Tensor q, Tensor k_cache, Tensor v_cache, {_GROUPS}) -> (Tensor, Tensor)",
     _operator,
@@ -97,7 +99,7 @@ class _TracedRefusal(torch.autograd.Function):
         return None, *[gradient.to(dtype) for dtype in ctx.dtypes]
 
 
-def _used(cache_seqlens) -> tuple[Tensor | None, int | None]:
+def used_keys(cache_seqlens) -> tuple[Tensor | None, int | None]:
     """-> seqused_k, used_k: a table, or one number for all sequences."""
     if cache_seqlens is None or isinstance(cache_seqlens, Tensor):
         return cache_seqlens, None
@@ -114,16 +116,17 @@ def _note_write(cache: Tensor) -> None:
         torch.autograd.graph.increment_version(cache)
 
 
-def _eager(q, k_cache, v_cache, sequences, scores, new_keys, rotary, wants_lse):
-    results = _attend(q, k_cache, v_cache, sequences, scores, new_keys, rotary, wants_lse)
+def _eager(q, k_cache, v_cache, sequences, scores, new_keys, rotary, wants_lse, positive_empty_lse):
+    groups = (sequences, scores, new_keys, rotary)
+    results = _attend(q, k_cache, v_cache, *groups, wants_lse, positive_empty_lse)
     if new_keys.k is not None:
         _note_write(k_cache)
         _note_write(v_cache)
     return results
 
 
-def _traced(q, k_cache, v_cache, sequences, scores, new_keys, rotary):
-    groups = (*plain_numbers(sequences, OF_SEQUENCES), *plain_numbers(scores, OF_SCORES))
+def _traced(q, k_cache, v_cache, sequences, scores, new_keys, rotary, positive_empty_lse):
+    groups = (*plain_numbers(sequences, OF_SEQUENCES), *plain_numbers(scores, OF_SCORES), positive_empty_lse)
     ops = torch.ops.flash_attn
     joins = new_keys.k is not None or new_keys.v is not None or new_keys.cu_seqlens is not None
     rotates = rotary.cos is not None or rotary.sin is not None or rotary.positions is not None
@@ -131,6 +134,46 @@ def _traced(q, k_cache, v_cache, sequences, scores, new_keys, rotary):
         if joins or rotates:
             return ops._flash_attn_kvcache_append(q, k_cache, v_cache, *new_keys, *rotary, *groups)
         return ops._flash_attn_kvcache_forward(q, k_cache, v_cache, *groups)
+
+
+def joining(
+    k, v, cu_seqlens_k_new, rotary_cos, rotary_sin, rotary_interleaved, rotary_positions
+) -> tuple[NewKeys, Rotary]:
+    new_keys, rotary = _NO_KEYS, _NO_ROTARY
+    if k is not None or v is not None or cu_seqlens_k_new is not None:
+        new_keys = NewKeys(k, v, cu_seqlens_k_new)
+    if rotary_cos is not None or rotary_sin is not None or rotary_positions is not None:
+        rotary = Rotary(rotary_cos, rotary_sin, bool(rotary_interleaved), rotary_positions)
+    return new_keys, rotary
+
+
+def attend_with_cache(
+    q, k_cache, v_cache, sequences, scores, new_keys, rotary, wants_lse, positive_empty_lse=True
+) -> tuple[Tensor, Tensor | None]:
+    """-> out, softmax_lse or None, whose derivatives raise. New keys join the caches, in place."""
+    call = (q, k_cache, v_cache, sequences, scores, new_keys, rotary)
+    inputs = (q, new_keys.k, new_keys.v, scores.learnable_sink, scores.attn_bias, rotary.cos, rotary.sin)
+    if torch.compiler.is_compiling():
+        inputs = _recorded(inputs if new_keys.k is not None else (*inputs, k_cache, v_cache))
+    if not is_plain(q, k_cache, v_cache):
+        out, lse = _traced(*call, positive_empty_lse)
+    elif torch.autograd._profiler_enabled():
+        with record_function("flash_attn_with_kvcache"):
+            out, lse = _eager(*call, wants_lse, positive_empty_lse)
+    else:
+        out, lse = _eager(*call, wants_lse, positive_empty_lse)
+    if torch.is_grad_enabled():
+        check_constants(scores)
+        caches = (k_cache, v_cache)
+        if torch.compiler.is_compiling():
+            if inputs:
+                out = _TracedRefusal.apply(out, *inputs)
+                lse = _TracedRefusal.apply(lse, *inputs) if wants_lse else lse
+        elif lse is None:
+            out = refuse_gradient(_NO_DERIVATIVE, out, inputs, caches)
+        else:
+            out, lse = refuse_gradient(_NO_DERIVATIVE, (out, lse), inputs, caches)
+    return out, lse
 
 
 @extended
@@ -184,36 +227,10 @@ def flash_attn_with_kvcache(
     if cu_seqlens_q is not None:
         check_tensors(cu_seqlens_q=cu_seqlens_q)
     scores = scores_of(softmax_scale, causal, window_size, softcap, alibi_slopes, extensions)
-    seqused_k, used_k = _used(cache_seqlens)
+    seqused_k, used_k = used_keys(cache_seqlens)
     sequences = Sequences(
         cu_seqlens_q, None, max_seqlen_q, None, None, seqused_k, used_k, cache_leftpad, cache_batch_idx, block_table
     )
-    new_keys, rotary = _NO_KEYS, _NO_ROTARY
-    if k is not None or v is not None or cu_seqlens_k_new is not None:
-        new_keys = NewKeys(k, v, cu_seqlens_k_new)
-    if rotary_cos is not None or rotary_sin is not None or rotary_positions is not None:
-        rotary = Rotary(rotary_cos, rotary_sin, bool(rotary_interleaved), rotary_positions)
-
-    call = (q, k_cache, v_cache, sequences, scores, new_keys, rotary)
-    inputs = (q, k, v, scores.learnable_sink, scores.attn_bias, rotary_cos, rotary_sin)
-    if torch.compiler.is_compiling():
-        inputs = _recorded(inputs if k is not None else (*inputs, k_cache, v_cache))
-    if not is_plain(q, k_cache, v_cache):
-        out, lse = _traced(*call)
-    elif torch.autograd._profiler_enabled():
-        with record_function("flash_attn_with_kvcache"):
-            out, lse = _eager(*call, return_softmax_lse)
-    else:
-        out, lse = _eager(*call, return_softmax_lse)
-    if torch.is_grad_enabled():
-        check_constants(scores)
-        caches = (k_cache, v_cache)
-        if torch.compiler.is_compiling():
-            if inputs:
-                out = _TracedRefusal.apply(out, *inputs)
-                lse = _TracedRefusal.apply(lse, *inputs) if return_softmax_lse else lse
-        elif lse is None:
-            return refuse_gradient(_NO_DERIVATIVE, out, inputs, caches)
-        else:
-            out, lse = refuse_gradient(_NO_DERIVATIVE, (out, lse), inputs, caches)
-    return (out, lse) if return_softmax_lse else out
+    new_keys, rotary = joining(k, v, cu_seqlens_k_new, rotary_cos, rotary_sin, rotary_interleaved, rotary_positions)
+    results = attend_with_cache(q, k_cache, v_cache, sequences, scores, new_keys, rotary, return_softmax_lse)
+    return results if return_softmax_lse else results[0]

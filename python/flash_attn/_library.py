@@ -17,7 +17,7 @@ from flash_attn._errors import NotServed
 from flash_attn._refusal import refuse_gradient
 from flash_attn._tensors import is_plain
 
-_library = torch.library.Library("flash_attn", "FRAGMENT")
+_libraries = {name: torch.library.Library(name, "FRAGMENT") for name in ("flash_attn", "flash_attn_3")}
 _TAGS = (torch.Tag.pt2_compliant_tag, getattr(torch.Tag, "needs_exact_strides", torch.Tag.needs_fixed_stride_order))
 _KINDS = {
     Tensor | None: "Tensor?",
@@ -47,18 +47,20 @@ def pick(group, call: dict):
     return group._make(map(call.get, group._fields, group._field_defaults.values()))
 
 
-def define(schema: str, function, fake, flops) -> None:
+def define(schema: str, function, fake, flops, namespace: str = "flash_attn") -> None:
     """`function` gets a dict of all arguments by name; so do `fake`, which returns tensors of the same shapes, and
     `flops`, which counts."""
     name = schema[: schema.index("(")]
-    _library.define(schema, tags=_TAGS)
-    operator = getattr(torch.ops.flash_attn, name).default
+    library = _libraries[namespace]
+    library.define(schema, tags=_TAGS)
+    packet = getattr(getattr(torch.ops, namespace), name)
+    operator = packet.default
     arguments = operator._schema.arguments
     names = [a.name for a in arguments]
     defaults = {a.name: a.default_value for a in arguments if a.has_default_value()}
     tensors_at = [i for i, a in enumerate(arguments) if "Tensor" in str(a.type)]
     written_at = [i for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write]
-    no_derivative = f"flash_attn::{name} has no derivative: call flash_attn's functions"
+    no_derivative = f"{namespace}::{name} has no derivative: call flash_attn's functions"
 
     def by_name(values, keywords) -> dict:
         call = defaults.copy()
@@ -86,14 +88,16 @@ def define(schema: str, function, fake, flops) -> None:
 
     def note_writes(keys, *values, **keywords):
         """Autograd must know if it has saved one of the tensors that are written to."""
+        call = by_name(values, keywords)
         for i in written_at:
-            if not values[i].is_inference():
-                torch.autograd.graph.increment_version(values[i])
+            x = call[names[i]]
+            if x is not None and not x.is_inference():
+                torch.autograd.graph.increment_version(x)
         return operator.redispatch(keys & _below_views, *values, **keywords)
 
-    _library.impl(name, run, "CompositeExplicitAutograd")
-    _library.impl(name, run_in_autograd, "Autograd", with_keyset=True)
+    library.impl(name, run, "CompositeExplicitAutograd")
+    library.impl(name, run_in_autograd, "Autograd", with_keyset=True)
     if written_at:
-        _library.impl(name, note_writes, "ADInplaceOrView", with_keyset=True)
-    torch.library.register_fake(f"flash_attn::{name}", run_fake, lib=_library)
-    _flops.register(getattr(torch.ops.flash_attn, name), names, flops)
+        library.impl(name, note_writes, "ADInplaceOrView", with_keyset=True)
+    torch.library.register_fake(f"{namespace}::{name}", run_fake, lib=library)
+    _flops.register(packet, names, flops)

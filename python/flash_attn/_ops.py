@@ -27,7 +27,8 @@ _UPSTREAMS_SEQUENCES = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seq
 # rng_state: of the mask, instead of one that the operator draws. In a traced graph the draw is then an operator that
 # compilers know as random: two calls are not merged into one, and recomputing one repeats its mask.
 _FORWARD_TAIL = (
-    f"{declare(Scores, without=_UPSTREAMS_SCORES)}, Tensor? rng_state=None) -> (Tensor, Tensor, Tensor, Tensor)"
+    f"{declare(Scores, without=_UPSTREAMS_SCORES)}, Tensor? rng_state=None, bool positive_empty_lse=True) -> "
+    "(Tensor, Tensor, Tensor, Tensor)"
 )
 
 
@@ -45,10 +46,10 @@ def _forward(call: dict):
     q, p = call["q"], call["dropout_p"]
     given = call["rng_state"]
     rng_state = given.clone() if given is not None else None  # results are no inputs
+    run = Run(current(), positive_empty_lse=call["positive_empty_lse"])
     out, lse, S_dmask, rng_state, _ = _attention.forward(
-        q, call["k"], call["v"], _sequences(call), pick(Scores, call), p, Run(current()), True,
-        call["return_softmax"], rng_state,
-    )  # fmt: skip
+        q, call["k"], call["v"], _sequences(call), pick(Scores, call), p, run, True, call["return_softmax"], rng_state
+    )
     if rng_state is None:  # zeros are a kernel on a device: there nobody reads them, as upstream's are not set either
         make = torch.zeros if q.device.type == "cpu" else torch.empty
         rng_state = make((2,), dtype=torch.int64, device=q.device)

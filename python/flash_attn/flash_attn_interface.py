@@ -10,15 +10,13 @@ arguments on every function:
 
 from __future__ import annotations
 
-import inspect
-import types
-
 import torch
 from torch import Tensor
 
 from flash_attn import _flash_attn_gpu as flash_attn_gpu  # noqa: F401
 from flash_attn import _ops  # noqa: F401  # defines torch.ops.flash_attn
 from flash_attn._attention import attention
+from flash_attn._autograd_class import autograd_class
 from flash_attn._call import FIXED, Sequences, check_tensors, extended, scores_of
 from flash_attn._errors import InvalidArgument
 from flash_attn._kvcache import flash_attn_with_kvcache
@@ -345,38 +343,17 @@ def flash_attn_varlen_func(
     )
 
 
-def _autograd_class(function, name: str, doc: str):
-    """Upstream's autograd class of a function: callers use `apply`, with upstream's positional arguments."""
-    upstreams = [p for p in inspect.signature(function).parameters.values() if p.kind is not p.KEYWORD_ONLY]
-    names = ["return_softmax" if p.name == "return_attn_probs" else p.name for p in upstreams] + ["is_grad_enabled"]
-
-    def apply(*values):
-        call = dict(zip(names, values, strict=True))
-        call["return_attn_probs"] = call.pop("return_softmax")
-        with torch.set_grad_enabled(call.pop("is_grad_enabled") and torch.is_grad_enabled()):
-            return function(**call)
-
-    def forward(ctx, *values):
-        return apply(*values)
-
-    forward.__signature__ = inspect.Signature(
-        [inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD) for n in ("ctx", *names)]
-    )
-    members = {"__doc__": doc, "__module__": __name__, "apply": staticmethod(apply), "forward": staticmethod(forward)}
-    return types.new_class(name, (torch.autograd.Function,), exec_body=lambda body: body.update(members))
-
-
-FlashAttnFunc = _autograd_class(flash_attn_func, "FlashAttnFunc", "See flash_attn_func.")
-FlashAttnKVPackedFunc = _autograd_class(
+FlashAttnFunc = autograd_class(flash_attn_func, "FlashAttnFunc", "See flash_attn_func.")
+FlashAttnKVPackedFunc = autograd_class(
     flash_attn_kvpacked_func, "FlashAttnKVPackedFunc", "See flash_attn_kvpacked_func."
 )
-FlashAttnQKVPackedFunc = _autograd_class(
+FlashAttnQKVPackedFunc = autograd_class(
     flash_attn_qkvpacked_func, "FlashAttnQKVPackedFunc", "See flash_attn_qkvpacked_func."
 )
-FlashAttnVarlenFunc = _autograd_class(flash_attn_varlen_func, "FlashAttnVarlenFunc", "See flash_attn_varlen_func.")
-FlashAttnVarlenKVPackedFunc = _autograd_class(
+FlashAttnVarlenFunc = autograd_class(flash_attn_varlen_func, "FlashAttnVarlenFunc", "See flash_attn_varlen_func.")
+FlashAttnVarlenKVPackedFunc = autograd_class(
     flash_attn_varlen_kvpacked_func, "FlashAttnVarlenKVPackedFunc", "See flash_attn_varlen_kvpacked_func."
 )
-FlashAttnVarlenQKVPackedFunc = _autograd_class(
+FlashAttnVarlenQKVPackedFunc = autograd_class(
     flash_attn_varlen_qkvpacked_func, "FlashAttnVarlenQKVPackedFunc", "See flash_attn_varlen_qkvpacked_func."
 )
