@@ -73,9 +73,10 @@ def forward(
     new_keys: NewKeys | None = None,
     rotary: Rotary | None = None,
     cache: bool = False,
+    mods=None,
 ) -> str:
     """Writes out and lse (and where keys join, k and v); -> the name of the backend that did. `cache`: messages call k
-    and v k_cache and v_cache."""
+    and v k_cache and v_cache. `mods`: see _modified.py; `run` names the backend that serves them."""
     if _checks and _must_check(q):
         groups = (_on_cpu(sequences), scores, dropout, run, _on_cpu(new_keys), _on_cpu(rotary))
         _C.check_forward(q, k, v, out, lse, *groups, cache)
@@ -85,11 +86,14 @@ def forward(
     call = (q, k, v, out, lse, sequences, scores, dropout, run, new_keys, rotary)
     name, engine, problem = _answer(served, lambda vetoes: _C.forward(*call, vetoes, cache))
     if engine is not None:
-        engine.forward(problem, Tensors(q, k, v, out, lse, sequences, scores, dropout, new_keys, rotary))
+        t = Tensors(q, k, v, out, lse, sequences, scores, dropout, new_keys, rotary, mods=mods)
+        engine.forward(problem, t)
     return name
 
 
-def backward(dout, q, k, v, out, lse, dq, dk, dv, dlse, dbias, dsink, sequences, scores, dropout, run) -> str:
+def backward(
+    dout, q, k, v, out, lse, dq, dk, dv, dlse, dbias, dsink, sequences, scores, dropout, run, mods=None
+) -> str:
     """Writes dq, dk, dv, and dbias and dsink unless they are None; -> the name of the backend that did."""
     call = (dout, q, k, v, out, lse, dq, dk, dv, dlse, dbias, dsink, sequences, scores, dropout, run)
     if _checks and _must_check(q):
@@ -100,7 +104,8 @@ def backward(dout, q, k, v, out, lse, dq, dk, dv, dlse, dbias, dsink, sequences,
     name, engine, problem = _answer(served, lambda vetoes: _C.backward(*call, vetoes))
     if engine is not None:
         gradients = (dout, dq, dk, dv, dlse, dbias, dsink)
-        engine.backward(problem, Tensors(q, k, v, out, lse, sequences, scores, dropout, gradients=gradients))
+        t = Tensors(q, k, v, out, lse, sequences, scores, dropout, gradients=gradients, mods=mods)
+        engine.backward(problem, t)
     return name
 
 

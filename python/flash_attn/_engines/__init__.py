@@ -55,11 +55,14 @@ class Tensors:
 
     __slots__ = (
         "q", "k", "v", "out", "lse", "dout", "dq", "dk", "dv", "dlse", "dbias", "dsink",
-        "_sequences", "_scores", "_dropout", "_new_keys", "_rotary",
+        "_sequences", "_scores", "_dropout", "_new_keys", "_rotary", "mods",
     )  # fmt: skip
 
-    def __init__(self, q, k, v, out, lse, sequences, scores, dropout, new_keys=None, rotary=None, gradients=None):
+    def __init__(
+        self, q, k, v, out, lse, sequences, scores, dropout, new_keys=None, rotary=None, gradients=None, mods=None
+    ):
         self.q, self.k, self.v, self.out, self.lse = q, k, v, out, lse
+        self.mods = mods  # of the torch engine: _engines/torch/mods.py
         self.dout, self.dq, self.dk, self.dv, self.dlse, self.dbias, self.dsink = gradients or (None,) * 7
         self._sequences = sequences or _NOTHING[Sequences]
         self._scores = scores or _NOTHING[Scores]

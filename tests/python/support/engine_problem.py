@@ -9,7 +9,7 @@ import torch
 TENSORS = (
     "q", "k", "v", "out", "lse", "new_k", "new_v", "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k",
     "leftpad_k", "cache_batch_idx", "block_table", "cu_seqlens_new", "alibi_slopes", "bias", "sink", "rotary_cos",
-    "rotary_sin", "rotary_positions", "dropout_state", "dout", "dq", "dk", "dv", "dlse", "dbias", "dsink",
+    "rotary_sin", "rotary_positions", "dropout_state", "mods", "dout", "dq", "dk", "dv", "dlse", "dbias", "dsink",
 )  # fmt: skip
 
 

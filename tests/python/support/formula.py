@@ -37,6 +37,8 @@ def attention(
     attn_bias: Tensor | None = None,
     learnable_sink: Tensor | None = None,
     dropout: Tensor | None = None,  # (batch, nheads, seqlen_q, seqlen_k): what probabilities are multiplied by
+    score_mod=None,  # (score, b, h, i, j) -> score and (b, h, i, j) -> bool, of tensors that broadcast together
+    mask_mod=None,
 ) -> tuple[Tensor, Tensor]:
     """-> out (batch, seqlen_q, nheads, headdim_v), lse (batch, nheads, seqlen_q), +inf where a row sees nothing."""
     soft = torch.float64 if dtype == torch.float64 else torch.float32
@@ -54,6 +56,11 @@ def attention(
     if attn_bias is not None:
         s = s + attn_bias.to(soft)
     mask = visible(seqlen_q, seqlen_k, causal, window_size)
+    indices = torch.meshgrid(*(torch.arange(n) for n in s.shape), indexing="ij")
+    if score_mod is not None:
+        s = score_mod(s, *indices)
+    if mask_mod is not None:
+        mask = mask & mask_mod(*indices)
     sink = None if learnable_sink is None else learnable_sink.to(soft).reshape(1, -1, 1, 1)
 
     top = s.detach().masked_fill(~mask, -torch.inf)

@@ -18,7 +18,7 @@ NAME = "under test"
 TENSORS = (
     "q k v out lse dout dq dk dv dlse dbias dsink cu_seqlens_q cu_seqlens_k seqused_q seqused_k leftpad_k "
     "cache_batch_idx block_table new_k new_v cu_seqlens_new alibi_slopes bias sink rotary_cos rotary_sin "
-    "rotary_positions dropout_state"
+    "rotary_positions dropout_state mods"
 ).split()
 # Names of fields that engines and the core know by others.
 GROUPS = {

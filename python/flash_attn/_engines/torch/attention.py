@@ -7,12 +7,16 @@ TF32 (torch.backends.cuda.matmul, torch.set_float32_matmul_precision): nothing h
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from flash_attn._engines.torch.blocks import block_sizes
+from flash_attn._engines.torch.blocks import block_sizes, listed_sizes
 from flash_attn._engines.torch.dropout import Dropout
 from flash_attn._engines.torch.mask import Mask, visible
+from flash_attn._engines.torch.mods import BlockLists, Modifier
 from flash_attn._engines.torch.product import masked_product
 from flash_attn._engines.torch.rotary import Rotary
 from flash_attn._engines.torch.sequences import Rows, as_rows, column, positions, sequences
@@ -21,6 +25,19 @@ from flash_attn._engines.torch.sequences import Rows, as_rows, column, positions
 def finite_or_zero(m: Tensor) -> Tensor:
     """A maximum to subtract: rows that have seen nothing have -inf, and -inf - -inf would be NaN."""
     return m.masked_fill(m == -torch.inf, 0.0)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A block of keys for a block of rows."""
+
+    j: slice
+    full: bool  # every row sees every key, for all that the structure of the mask says
+    kinds: Tensor | None = None  # of the listed blocks it lies in, (C or 1, H or 1); None: nothing is listed
+
+    @property
+    def asks_mask_mod(self) -> bool:
+        return self.kinds is None or bool((self.kinds == BlockLists.PARTIAL).any())
 
 
 class Attention:
@@ -33,7 +50,10 @@ class Attention:
         self.max_seqlen_q = p.max_seqlen_q if p.batch_q * p.rows_q else 0
         self.max_seqlen_k = p.max_seqlen_k if p.batch_k * p.rows_k else 0
         self.mask = Mask(p, self.sequences, self.max_seqlen_k)
-        self.blocks = block_sizes(p)
+        self.mods = t.mods
+        self.modifier = None if t.mods is None else Modifier(t.mods, p, self.sequences, self.device)
+        self.lists = None if t.mods is None else t.mods.blocks
+        self.blocks = block_sizes(p) if self.lists is None else listed_sizes(block_sizes(p), self.lists)
         self.dropout = Dropout(p, t) if p.dropout_p > 0 else None
         self.rotary = Rotary(p, t, self.sequences, self.dtype) if p.rotary_dim > 0 else None
 
@@ -66,11 +86,13 @@ class Attention:
     # Products in which hidden entries take no part.
 
     def hiding(self, seen: Tensor | None) -> Tensor | None:
-        """`seen` as a mask of grouped rows, (C or 1, 1, G * R, N); None where a plain product is enough.
+        """`seen` as a mask of grouped rows, (C or 1, 1 or Hk, G * R, N); None where a plain product is enough.
 
         It is if a row sees all keys of its sequence: keys that a sequence lacks are 0 already.
         """
-        return seen.repeat(1, 1, self.p.group, 1) if seen is not None and self.mask.structured else None
+        if seen is None or not (self.mask.structured or self.mods is not None):
+            return None
+        return seen.repeat(1, 1, self.p.group, 1) if seen.shape[1] == 1 else self.grouped(seen)
 
     def times_keys(self, x: Tensor, k: Tensor, seen: Tensor | None) -> Tensor:
         """x (C, H, R, N) times k (C, Hk, N, cols) -> (C, H, R, cols)."""
@@ -80,6 +102,34 @@ class Attention:
         """x (C, H, R, N) transposed, times q (C, H, R, cols), summed over the group -> (C, Hk, N, cols)."""
         hiding = self.hiding(seen)
         return masked_product(self.grouped(x).mT, self.grouped(q), None if hiding is None else hiding.mT)
+
+    # Who sees whom.
+
+    def tiles(self, b: slice, i: slice) -> Iterator[Tile]:
+        """The blocks of keys that rows `i` may see. What no list names is left out."""
+        for j, full in self.mask.tiles(i, self.blocks.keys):
+            if self.lists is None:
+                yield Tile(j, full)
+                continue
+            kinds, (rows, keys) = self.lists.kinds, self.lists.size
+            kinds = kinds[b if kinds.shape[0] > 1 else slice(None), :, i.start // rows, j.start // keys]
+            if (kinds != BlockLists.SKIPPED).any():
+                yield Tile(j, full, kinds)
+
+    def seen(self, b: slice, i: slice, tile: Tile, intervals) -> Tensor | None:
+        """(C or 1, 1 or H, R, N): whether a row sees a key of the tile; None: all of them."""
+        seen = None if tile.full else visible(intervals, tile.j)
+        allowed = None
+        if self.mods is not None and self.mods.mask_mod is not None and tile.asks_mask_mod:
+            allowed = self.modifier.allowed(b, i, tile.j)
+        if tile.kinds is not None and len(tile.kinds.unique()) > 1:
+            kinds = tile.kinds.to(self.device)[..., None, None]
+            kinds = kinds.expand(-1, -1, i.stop - i.start, tile.j.stop - tile.j.start)
+            listed = kinds != BlockLists.SKIPPED
+            allowed = listed if allowed is None else (kinds == BlockLists.FULL) | (listed & allowed)
+        if allowed is None or seen is None:
+            return allowed if seen is None else seen
+        return seen & allowed
 
     # Scores.
 
@@ -95,15 +145,21 @@ class Attention:
             x = torch.where(torch.isinf(x), x, x.clamp(-largest, largest))
         return x.to(self.dtype)
 
-    def scores(self, q: Tensor, k: Tensor, b: slice, i: slice, j: slice, seen: Tensor | None, slopes: bool = False):
-        """-> s (C, H, R, N), -inf where hidden; and ds / du, u = scale * q.k, 0 where hidden (None: 1 everywhere)."""
+    def scores(
+        self, q: Tensor, k: Tensor, b: slice, i: slice, j: slice, seen: Tensor | None, gradient: bool = False
+    ) -> tuple[Tensor, Callable | None]:
+        """-> s (C, H, R, N), -inf where hidden; and ds -> du, u = scale * q.k (None: they are equal)."""
         p, t = self.p, self.t
         s = self.ungrouped(self.grouped(q) @ k.mT) * p.scale
-        slope = None
+        pull = None
         if p.softcap > 0:
             s = torch.tanh(s / p.softcap)
-            slope = 1 - s * s if slopes else None
+            if gradient:
+                slope = 1 - s * s
+                pull = slope.mul
             s = s * p.softcap
+        if self.mods is not None and self.mods.score_mod is not None:
+            s, pull = self.modifier.score(s, b, i, j, gradient)
         if t.alibi_slopes is not None:
             distance = (self.mask.position(b, i)[..., None] - positions(j, self.device)).abs().to(self.dtype)
             alibi = t.alibi_slopes if t.alibi_slopes.dim() == 1 else t.alibi_slopes[b]
@@ -112,8 +168,7 @@ class Attention:
             s = s + self.bias(b, i, j)
         if seen is not None:
             s = s.masked_fill(~seen, -torch.inf)
-            slope = None if slope is None else slope.masked_fill(~seen, 0.0)
-        return s, slope
+        return s, pull
 
     def factors(self, b: slice, i: slice, j: slice) -> Tensor:
         return self.dropout.factors(b, i, j, self.dtype)
@@ -132,8 +187,8 @@ class Attention:
         m = q.new_full(shape, -torch.inf) if sink is None else sink.expand(shape)
         total = torch.exp(m - finite_or_zero(m))
         out = q.new_zeros((*q.shape[:3], self.p.headdim_v)) if values else None
-        for j, full in self.mask.tiles(i, self.blocks.keys):
-            seen = None if full else visible(intervals, j)
+        for tile in self.tiles(b, i):
+            j, seen = tile.j, self.seen(b, i, tile, intervals)
             s, _ = self.scores(q, self.keys(self.t.k, b, j), b, i, j, seen)
             largest = torch.maximum(m, s.amax(-1, keepdim=True))
             base = finite_or_zero(largest)

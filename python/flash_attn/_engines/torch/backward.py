@@ -16,9 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flash_attn._engines.torch.attention import Attention, finite_or_zero
+from flash_attn._engines.torch.attention import Attention, Tile, finite_or_zero
 from flash_attn._engines.torch.blocks import slices
-from flash_attn._engines.torch.mask import visible
 from flash_attn._engines.torch.sequences import Writer, as_rows, lse_as_rows
 
 
@@ -74,13 +73,13 @@ class Gradients:
             self.dsink -= (p_sink * shift).masked_fill(~counts, 0.0).sum((0, 2, 3))
         return RowBlock(i, intervals, finite_or_zero(m), total, sees, shift, torch.zeros_like(q))
 
-    def tile(self, b: slice, r: RowBlock, j: slice, full: bool, k: Tensor, v: Tensor, dk: Tensor, dv: Tensor) -> None:
-        """What rows `r` and keys `j` give to dk, dv, r.dq and dbias."""
-        a, i = self.a, r.i
+    def tile(self, b: slice, r: RowBlock, tile: Tile, k: Tensor, v: Tensor, dk: Tensor, dv: Tensor) -> None:
+        """What rows `r` and the keys of the tile give to dk, dv, r.dq, dbias and what score_mod captures."""
+        a, i, j = self.a, r.i, tile.j
         q = a.queries(b, i)
         dout = a.read(as_rows(self.t.dout), a.q_rows, b, i).masked_fill(~r.sees, 0.0)
-        seen = None if full else visible(r.intervals, j)
-        s, slope = a.scores(q, k, b, i, j, seen, slopes=True)
+        seen = a.seen(b, i, tile, r.intervals)
+        s, pull = a.scores(q, k, b, i, j, seen, gradient=True)
         p = torch.exp(s - r.base) / r.total
         if seen is not None:
             p = p.masked_fill(~seen, 0.0)  # NaN so far, in a row that sees one
@@ -96,20 +95,22 @@ class Gradients:
         if self.dbias is not None:
             dbias = a.of_bias(self.dbias, b, i, j)
             dbias += ds.sum_to_size(dbias.shape)
-        du = (ds if slope is None else ds * slope) * a.p.scale
+        if pull is not None:  # a slope may be NaN where a row sees nothing, or a key is hidden
+            ds = pull(ds).masked_fill(~r.sees if seen is None else ~(r.sees & seen), 0.0)
+        du = ds * a.p.scale
         r.dq += a.times_keys(du, k, seen)
         dk += a.times_rows(du, q.masked_fill(~r.sees, 0.0), seen)
 
     def sequences(self, b: slice) -> None:
         a, t = self.a, self.t
         rows = [self.row_block(b, i) for i in slices(a.max_seqlen_q, a.blocks.rows)]
-        tiles = [dict((j.start, full) for j, full in a.mask.tiles(r.i, a.blocks.keys)) for r in rows]
+        tiles = [{tile.j.start: tile for tile in a.tiles(b, r.i)} for r in rows]
         for j in slices(a.max_seqlen_k, a.blocks.keys):
             k, v = a.keys(t.k, b, j), a.keys(t.v, b, j)
             dk, dv = torch.zeros_like(k), torch.zeros_like(v)
-            for r, full in zip(rows, tiles, strict=True):
-                if j.start in full:
-                    self.tile(b, r, j, full[j.start], k, v, dk, dv)
+            for r, of_rows in zip(rows, tiles, strict=True):
+                if j.start in of_rows:
+                    self.tile(b, r, of_rows[j.start], k, v, dk, dv)
             self.dk.put(b, j, dk)
             self.dv.put(b, j, dv)
         for r in rows:

@@ -34,6 +34,16 @@ def block_sizes(p, elements: int = ELEMENTS) -> Blocks:
     return Blocks(max(1, min(p.batch, elements // max(size(), of_dq))), rows, keys)
 
 
+def listed_sizes(blocks: Blocks, lists) -> Blocks:
+    """Blocks none of which lies in two of the listed ones (`mods.BlockLists`): these decide what is computed."""
+    rows, keys = lists.size
+    while rows > blocks.rows and rows % 2 == 0:
+        rows //= 2
+    while keys > blocks.keys and keys % 2 == 0:
+        keys //= 2
+    return Blocks(1 if lists.kinds.shape[0] > 1 else blocks.batch, rows, keys)
+
+
 def slices(n: int, step: int) -> Iterator[slice]:
     for start in range(0, n, step):
         yield slice(start, min(start + step, n))

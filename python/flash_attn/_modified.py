@@ -1,0 +1,142 @@
+"""Attention with what a caller makes of scores: score_mod, mask_mod, lists of blocks. The `torch` backend runs it.
+
+The core checks the call as any other and names the engine; the functions travel beside the Problem, as Tensors.mods.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from flash_attn import _C, _run
+from flash_attn._attention import check_constants
+from flash_attn._backend import current
+from flash_attn._call import Run, Scores, Sequences
+from flash_attn._engines.torch.mods import Mods
+from flash_attn._errors import NotServed
+from flash_attn._refusal import refuse_gradient
+from flash_attn._tensors import empty_gradients, empty_lse, empty_out, is_plain
+
+BACKEND = "torch"
+WORDS = "score_mod, mask_mod and block_sparse_tensors"
+
+
+def refuse_other_backends() -> None:
+    named = current() or os.environ.get("FLASH_ATTENTION_BACKEND") or BACKEND
+    if named != BACKEND:
+        raise NotServed(f"{WORDS}: run on the backend torch, on every device; {named} was asked for by name")
+
+
+@dataclass(frozen=True)
+class Call:
+    """All of a call but its differentiable tensors."""
+
+    sequences: Sequences
+    scores: Scores  # with the sink
+    mods: Mods
+    deterministic: bool = False
+
+    @property
+    def run(self) -> Run:
+        return Run(BACKEND, None, self.deterministic, positive_empty_lse=False)
+
+
+def check(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, scores: Scores) -> None:
+    """All that the core checks of a call, before lists of blocks are read and functions called."""
+    if not is_plain(q, k, v):
+        raise NotServed(f"{WORDS}: run eagerly, on plain tensors; they are traced or transformed by nobody")
+    refuse_other_backends()
+    check_constants(scores)
+    run = Run(BACKEND, positive_empty_lse=False)  # of Python: the core hands the call back, and runs nothing
+    _C.forward(q, k, v, empty_out(q, v), empty_lse(q), sequences, scores, None, run, None, None, None, False)
+
+
+def _of_heads(x: Tensor | None, heads: slice) -> Tensor | None:
+    """Operands (..., heads, cols)"""
+    return None if x is None else x[..., heads, :]
+
+
+def _parts(call: Call, q: Tensor, k: Tensor) -> Iterator[tuple[Call, slice, slice]]:
+    """The call, or where heads have lists of blocks of their own, a call for each head of keys: a part computes what
+    one of its heads lists. -> call, heads of q, heads of k."""
+    nheads, nheads_k = q.shape[-2], k.shape[-2]
+    blocks = call.mods.blocks
+    if blocks is None or blocks.kinds.shape[1] == 1:
+        yield call, slice(None), slice(None)
+        return
+    group, sink = nheads // nheads_k, call.scores.learnable_sink
+    for h in range(nheads_k):
+        heads = slice(h * group, (h + 1) * group)
+        mods = replace(call.mods, blocks=replace(blocks, kinds=blocks.kinds[:, heads]), first_head=heads.start)
+        scores = call.scores if sink is None else call.scores._replace(learnable_sink=sink[heads])
+        yield replace(call, mods=mods, scores=scores), heads, slice(h, h + 1)
+
+
+def forward(call: Call, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None) -> None:
+    """Writes out and lse."""
+    for part, heads, heads_k in _parts(call, q, k):
+        _run.forward(
+            _of_heads(q, heads), _of_heads(k, heads_k), _of_heads(v, heads_k), _of_heads(out, heads),
+            None if lse is None else lse[..., heads, :], part.sequences, part.scores, None, part.run, mods=part.mods,
+        )  # fmt: skip
+
+
+def backward(call: Call, dout, q, k, v, out, lse, dq, dk, dv, dlse, dsink) -> None:
+    """Writes dq, dk, dv, and dsink unless it is None; adds to call.mods.dreads."""
+    for part, heads, heads_k in _parts(call, q, k):
+        _run.backward(
+            *(_of_heads(x, heads) for x in (dout, q)), *(_of_heads(x, heads_k) for x in (k, v)), _of_heads(out, heads),
+            lse[..., heads, :], _of_heads(dq, heads), *(_of_heads(x, heads_k) for x in (dk, dv)),
+            None if dlse is None else dlse[..., heads, :], None, None if dsink is None else dsink[heads],
+            part.sequences, part.scores, None, part.run, mods=part.mods,
+        )  # fmt: skip
+
+
+class _Modified(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, call: Call, q, k, v, sink, *reads):
+        out, lse = empty_out(q, v), empty_lse(q)
+        forward(call, q, k, v, out, lse)
+        ctx.save_for_backward(q, k, v, out, lse, sink, *reads)
+        ctx.call = call
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx, dout, dlse):
+        q, k, v, out, lse, sink, *reads = ctx.saved_tensors
+        if ctx.call.sequences.block_table is not None:
+            raise NotServed("page_table: pages of keys and values are not differentiable")
+        dout = torch.zeros_like(out) if dout is None else dout
+        results, gradients = empty_gradients(q, k, v, 0)
+        dsink = torch.empty_like(sink, dtype=torch.float32) if ctx.needs_input_grad[4] else None
+        wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+        sums = [
+            torch.zeros_like(x, dtype=torch.promote_types(x.dtype, wide)) if wanted else None
+            for x, wanted in zip(reads, ctx.needs_input_grad[5:], strict=True)
+        ]
+        call = replace(ctx.call, mods=replace(ctx.call.mods, dreads=tuple(sums)))
+        backward(call, dout, q, k, v, out, lse, *gradients, dlse, dsink)
+        results = [*results, None if dsink is None else dsink.to(sink.dtype)]
+        for total, x in zip(sums, reads, strict=True):
+            results.append(None if total is None else total.to(x.dtype))
+        if torch.is_grad_enabled():  # create_graph=True
+            words = "second derivatives of attention are not served"
+            wanted = [x for x in results if x is not None]
+            wanted = iter(refuse_gradient(words, wanted, (dout, dlse, q, k, v, sink, *reads)))
+            results = [None if x is None else next(wanted) for x in results]
+        return None, *results
+
+
+def attention(call: Call, q: Tensor, k: Tensor, v: Tensor, wants_lse: bool) -> tuple[Tensor, Tensor | None]:
+    """-> out, lse (None unless it is wanted, or a gradient is). The call has passed check()."""
+    sink, reads = call.scores.learnable_sink, call.mods.reads
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, sink, *reads)):
+        return _Modified.apply(call, q, k, v, sink, *reads)
+    out, lse = empty_out(q, v), empty_lse(q) if wants_lse else None
+    forward(call, q, k, v, out, lse)
+    return out, lse
