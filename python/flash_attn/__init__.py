@@ -17,6 +17,7 @@ except ModuleNotFoundError as e:
         raise
     torch = None
 
+from flash_attn import _stand_in
 from flash_attn._arrays import Gradients, attention, attention_backward
 from flash_attn._backend import (
     Backend,
@@ -45,6 +46,7 @@ if torch is not None:
     )
 
 __plus_version__ = _version()
+_stand_in.install()
 backend = use_backend  # its name before there was register_backend
 
 __all__ = [

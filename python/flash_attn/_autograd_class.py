@@ -24,7 +24,8 @@ def autograd_class(function, name: str, doc: str, order=None, required: int | No
             raise TypeError(f"{name}.apply: expected {len(names)} arguments ({', '.join(names)}), got {len(values)}")
         call = {n: defaults[n] for n in names[len(values) :]}
         call.update(zip(names, values, strict=False))
-        call["return_attn_probs"] = call.pop("return_softmax")
+        if "return_softmax" in call:
+            call["return_attn_probs"] = call.pop("return_softmax")
         with torch.set_grad_enabled(call.pop("is_grad_enabled", True) and torch.is_grad_enabled()):
             return function(**call)
 

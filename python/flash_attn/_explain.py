@@ -55,16 +55,25 @@ def explain(
     *,
     seqused_k: Tensor | None = None,
     backward: bool = False,
+    score_mod=None,
+    mask_mod=None,
+    block_sparse_tensors=None,
     **extensions,
 ) -> Explanation:
     """The arguments of flash_attn_func, or of flash_attn_varlen_func; `seqused_k` (batch): of a KV cache; `backward`:
-    of the gradient instead."""
+    of the gradient instead; `score_mod`, `mask_mod`, `block_sparse_tensors`: of flash_attn.cute, not called or read."""
     check_tensors(q=q, k=k, v=v)
     scores = scores_of(softmax_scale, causal, window_size, softcap, alibi_slopes, extensions)
     sequences = Sequences(
         cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k=seqused_k, block_table=block_table
     )
-    groups = (sequences, scores, Dropout(dropout_p), Run(current(), None, deterministic))
+    only, words = None, ""
+    if score_mod is not None or mask_mod is not None or block_sparse_tensors is not None:
+        from flash_attn._modified import BACKEND, WORDS, refuse_other_backends
+
+        refuse_other_backends()
+        only, words = BACKEND, f"{WORDS}: run on the backend {BACKEND}"
+    groups = (sequences, scores, Dropout(dropout_p), Run(only or current(), None, deterministic))
     out, lse = empty_out(q, v), empty_lse(q)
     if backward:
         extras = (scores.attn_bias, scores.learnable_sink)
@@ -75,4 +84,7 @@ def explain(
     else:
         answer = _run.explain(_C.explain_forward, q, k, v, out, lse, *groups)
     problem, candidates, plan, work = answer
-    return Explanation(problem, [Candidate(*c) for c in candidates], plan, work)
+    candidates = [Candidate(*c) for c in candidates]
+    if only is not None:
+        candidates = [c if c.backend == only else c._replace(why_not=c.why_not or words) for c in candidates]
+    return Explanation(problem, candidates, plan, work)
