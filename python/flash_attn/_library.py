@@ -6,6 +6,7 @@ do for autograd is done here: differentiating an operator raises, where autograd
 
 from __future__ import annotations
 
+import functools
 import typing
 
 import torch
@@ -17,7 +18,12 @@ from flash_attn._errors import NotServed
 from flash_attn._refusal import refuse_gradient
 from flash_attn._tensors import is_plain
 
-_libraries = {name: torch.library.Library(name, "FRAGMENT") for name in ("flash_attn", "flash_attn_3")}
+
+@functools.cache
+def _library(namespace: str) -> torch.library.Library:
+    return torch.library.Library(namespace, "FRAGMENT")
+
+
 _TAGS = (torch.Tag.pt2_compliant_tag, getattr(torch.Tag, "needs_exact_strides", torch.Tag.needs_fixed_stride_order))
 _KINDS = {
     Tensor | None: "Tensor?",
@@ -51,7 +57,7 @@ def define(schema: str, function, fake, flops, namespace: str = "flash_attn") ->
     """`function` gets a dict of all arguments by name; so do `fake`, which returns tensors of the same shapes, and
     `flops`, which counts."""
     name = schema[: schema.index("(")]
-    library = _libraries[namespace]
+    library = _library(namespace)
     library.define(schema, tags=_TAGS)
     packet = getattr(getattr(torch.ops, namespace), name)
     operator = packet.default

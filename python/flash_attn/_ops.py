@@ -130,7 +130,7 @@ def _backward(call: dict) -> Tensor:
     return softmax_d(dout, out, call.get("cu_seqlens_q"))
 
 
-def _fake_backward(call: dict) -> Tensor:
+def fake_softmax_d(call: dict) -> Tensor:
     q = call["q"]
     if "cu_seqlens_q" in call:
         shape = (q.shape[1], q.shape[0] + 128 * (call["cu_seqlens_q"].numel() - 1))
@@ -148,14 +148,14 @@ _BACKWARD_SCORES = (
 define(
     f"_flash_attn_backward({_BACKWARD}{_WRITTEN}{_BACKWARD_SCORES}) -> Tensor",
     _backward,
-    _fake_backward,
+    fake_softmax_d,
     backward_flops,
 )
 define(
     f"_flash_attn_varlen_backward({_BACKWARD}{_WRITTEN}Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, "
     f"SymInt max_seqlen_k, {_BACKWARD_SCORES}, bool zero_tensors=False) -> Tensor",
     _backward,
-    _fake_backward,
+    fake_softmax_d,
     backward_flops,
 )
 
