@@ -150,7 +150,7 @@ def _rows_of_table(sequences: Sequences) -> Sequences:
     """cache_batch_idx of pages: sequence b has the row cache_batch_idx[b] of the table."""
     table, index = sequences.block_table, sequences.cache_batch_idx
     check_tensors(page_table=table, cache_batch_idx=index)
-    if index.dtype != torch.int32 or index.dim() != 1 or table.dim() != 2:
+    if {index.dtype, table.dtype} != {torch.int32} or index.dim() != 1 or table.dim() != 2:
         raise InvalidArgument(
             "cache_batch_idx, page_table: expected int32 (batch) and int32 (rows, max_pages), got "
             f"{index.dtype} {tuple(index.shape)} and {table.dtype} {tuple(table.shape)}"

@@ -1,8 +1,8 @@
 """The functions of FlashAttention-3: upstream's names, signatures and results, on whatever hardware there is.
 
-What differs from FlashAttention-2's functions: no dropout in upstream's signatures; softmax_lse is -inf where a row
-sees no key (+inf if the whole call has none); `return_attn_probs` gives (out, softmax_lse); lengths in use (`seqused_q`,
-`seqused_k`), `qv`, chunks, fp8 inputs, and a headdim of v of its own.
+What differs from FlashAttention-2's functions: upstream's signatures have no dropout; softmax_lse is -inf where a row
+sees no key, and +inf if the whole call has none; `return_attn_probs` gives (out, softmax_lse); there are lengths in use
+(`seqused_q`, `seqused_k`), `qv`, chunks, fp8 inputs, and a headdim of v of its own.
 
 Beyond upstream, keyword-only, on every function: dropout_p (not with a cache), alibi_slopes, learnable_sink (nheads)
 under that name or as s_aux, attn_bias; gradients also of qv, chunks and softmax_lse; any headdim; fp32.

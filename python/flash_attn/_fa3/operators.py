@@ -54,7 +54,7 @@ def _fake_forward(call: dict):
 
 def _forward_flops(call: dict) -> int:
     if call.get("cu_seqlens_k") is None:
-        flops = cache_flops({**call, "k_cache": call["k"], "block_table": call.get("page_table")})
+        flops = cache_flops({**call, "k_cache": call["k"], "v_cache": call["v"], "block_table": call.get("page_table")})
     else:
         flops = forward_flops(call)
     headdim, headdim_v = call["q"].shape[-1], call["v"].shape[-1]
