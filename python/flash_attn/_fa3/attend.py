@@ -138,7 +138,7 @@ def attend_cache(
         return attend_with_cache(queries, keys, v_cache, sequences, scores, new_keys, rotary, wants_lse, positive)
     # New keys join a copy of the cache, [k | v], and v_cache; then their first columns belong to k_cache.
     if isinstance(new_keys.k, Tensor) and isinstance(new_keys.v, Tensor):
-        new_keys = new_keys._replace(k=join(new_keys.k, new_keys.v))
+        new_keys = NewKeys(join(new_keys.k, new_keys.v), new_keys.v, new_keys.cu_seqlens)  # torch 2.4: no _replace
     queries, keys = torch.cat([q, qv], -1), join(k_cache, v_cache)
     results = attend_with_cache(queries, keys, v_cache, sequences, scores, new_keys, rotary, wants_lse, positive)
     with torch.no_grad():
