@@ -142,6 +142,9 @@ def test_opcheck_others():
     out, lse, *_ = ops.fwd(Q, K, V, is_causal=True)
     grads = [torch.zeros_like(x) for x in (Q, K, V)]
     torch.library.opcheck(ops.bwd.default, (torch.ones_like(out), Q, K, V, out, lse, *grads), {"is_causal": True})
+    lengths = (None,) * 6
+    torch.library.opcheck(ops._flash_attn_backward.default, (torch.ones_like(out), Q, K, V, out, lse, *lengths, *grads))
+    torch.library.opcheck(ops._flash_attn_forward.default, (Q, K, V, None, None, QV))
     torch.library.opcheck(ops.fwd_combine.default, (torch.randn(3, 2, 5, 4, 8), torch.randn(3, 2, 5, 4)))
     torch.library.opcheck(ops.get_scheduler_metadata.default, (2, 1, 8, 4, 2, 64, 64, torch.bfloat16, i32([1, 2])))
 
@@ -157,6 +160,12 @@ def test_operators_equal_the_functions():
     ops.bwd(torch.ones_like(out), Q, K, V, got[0], got[1], *grads, is_causal=True)
     assert all(torch.equal(a, b) for a, b in zip(grads, want, strict=True))
     assert all(x._version > n for x, n in zip(grads, versions, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(ops._flash_attn_forward(Q, K, V, causal=True), got, strict=True))
+    again = [torch.zeros_like(x) for x in (Q, K, V)]
+    softmax_d = ops._flash_attn_backward(
+        torch.ones_like(out), Q, K, V, got[0], got[1], dq=again[0], dk=again[1], dv=again[2], is_causal=True
+    )
+    assert softmax_d.shape == (2, 4, 128) and all(torch.equal(a, b) for a, b in zip(again, grads, strict=True))
     cache = [torch.zeros(1, 4, 2, 8) for _ in "kv"]
     new = torch.ones(1, 1, 2, 8)
     ops.fwd(new, *cache, new, new, seqused_k=i32([2]))

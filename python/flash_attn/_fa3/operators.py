@@ -62,18 +62,41 @@ def _forward_flops(call: dict) -> int:
     return flops * (headdim + headdim_v + of_qv) // max(headdim + headdim_v, 1)
 
 
-define(
-    "fwd(Tensor q, Tensor k, Tensor v, Tensor? k_new=None, Tensor? v_new=None, Tensor? q_v=None, Tensor? out=None, "
+_TABLES = (
     "Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, Tensor? cu_seqlens_k_new=None, Tensor? seqused_q=None, "
     f"Tensor? seqused_k=None, {_LENGTHS}, Tensor? page_table=None, Tensor? kv_batch_idx=None, Tensor? leftpad_k=None, "
     "Tensor? rotary_cos=None, Tensor? rotary_sin=None, Tensor? seqlens_rotary=None, Tensor? q_descale=None, "
-    f"Tensor? k_descale=None, Tensor? v_descale=None, float? softmax_scale=None, {_MASK}, SymInt attention_chunk=0, "
-    f"float softcap=0.0, bool is_rotary_interleaved=False, Tensor? scheduler_metadata=None, {_HINTS}, "
-    "Tensor? alibi_slopes=None, Tensor? learnable_sink=None, Tensor? attn_bias=None, SymInt? used_k=None) -> "
-    "(Tensor, Tensor, Tensor, Tensor)",
+    "Tensor? k_descale=None, Tensor? v_descale=None, float? softmax_scale=None"
+)
+define(
+    "fwd(Tensor q, Tensor k, Tensor v, Tensor? k_new=None, Tensor? v_new=None, Tensor? q_v=None, Tensor? out=None, "
+    f"{_TABLES}, {_MASK}, SymInt attention_chunk=0, float softcap=0.0, bool is_rotary_interleaved=False, "
+    f"Tensor? scheduler_metadata=None, {_HINTS}, Tensor? alibi_slopes=None, Tensor? learnable_sink=None, "
+    "Tensor? attn_bias=None, SymInt? used_k=None) -> (Tensor, Tensor, Tensor, Tensor)",
     _forward,
     _fake_forward,
     _forward_flops,
+    "flash_attn_3",
+)
+
+
+# The same two under the names, and with the names of arguments, of upstream's Python functions.
+_RENAMED = {"qv": "q_v", "out_": "out", "causal": "is_causal", "rotary_interleaved": "is_rotary_interleaved",
+            "sequed_q": "seqused_q", "sequed_k": "seqused_k"}  # fmt: skip
+
+
+def _renamed(function):
+    return lambda call: function({_RENAMED.get(name, name): x for name, x in call.items()})
+
+
+define(
+    "_flash_attn_forward(Tensor q, Tensor k, Tensor v, Tensor? k_new=None, Tensor? v_new=None, Tensor? qv=None, "
+    f"Tensor? out_=None, {_TABLES}, {_MASK.replace('is_causal', 'causal')}, SymInt attention_chunk=0, "
+    "float softcap=0.0, bool rotary_interleaved=True, Tensor? scheduler_metadata=None, "
+    f"{_HINTS.replace('num_splits=0', 'num_splits=1')}) -> (Tensor, Tensor, Tensor, Tensor)",
+    _renamed(_forward),
+    _renamed(_fake_forward),
+    _renamed(_forward_flops),
     "flash_attn_3",
 )
 
@@ -108,6 +131,18 @@ define(
     "float softcap=0.0, bool deterministic=False, SymInt sm_margin=0) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _fake_backward,
+    backward_flops,
+    "flash_attn_3",
+)
+
+
+define(
+    "_flash_attn_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse, "
+    "Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, Tensor? sequed_q=None, Tensor? sequed_k=None, "
+    f"{_LENGTHS}, Tensor(a!)? dq=None, Tensor(b!)? dk=None, Tensor(c!)? dv=None, float? softmax_scale=None, {_MASK}, "
+    "float softcap=0.0, bool deterministic=False, SymInt sm_margin=0) -> Tensor",
+    _renamed(lambda call: _backward(call)[0]),
+    _renamed(lambda call: _fake_backward(call)[0]),
     backward_flops,
     "flash_attn_3",
 )
