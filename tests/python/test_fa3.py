@@ -160,6 +160,7 @@ def test_keys_of_mla_are_read_in_place(v_first):
     assert torch.equal(b, rows) and b.stride() == rows.stride()
     with torch.no_grad():
         out, lse = attend(q, k, v, qv=qv, causal=True, return_attn_probs=True)
+        assert torch.equal(attend(q.clone(), k, v, qv=qv.clone(), causal=True), out)  # queries that are not adjacent
     exact = formula.attention(q.double(), k.double(), v.double(), torch.float64, qv=qv.double(), causal=True)
     plain = formula.attention(q, k, v, torch.bfloat16, qv=qv, causal=True)
     for name, x, y, z in zip(("out", "softmax_lse"), (out, lse), exact, plain, strict=True):

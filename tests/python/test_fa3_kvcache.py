@@ -150,6 +150,11 @@ def test_causal_and_empty_caches():
     assert torch.allclose(out[0, 1], cache[0, 0]) and (out[1] == 0).all()
     _, lse2 = flash_attention_2(q, cache, cache.clone(), cache_seqlens=used, causal=True, return_softmax_lse=True)
     assert torch.equal(lse2[lse2 != torch.inf], lse[lse != -torch.inf])
+    new = torch.randn(2, 1, 2, 16)
+    for rows in (cache, cache[:, :1]):  # one key joins an empty cache: two of three rows see none
+        joined = rows.clone(), rows.clone()
+        _, lse, *_ = with_cache(q, *joined, new, new, cache_seqlens=0, causal=True, return_softmax_lse=True)
+        assert (lse[:, :, :2] == -torch.inf).all() and lse[:, :, 2].isfinite().all()
     _, lse, *_ = with_cache(q, cache[:, :0], cache[:, :0], return_softmax_lse=True)
     assert (lse == torch.inf).all()
 
