@@ -43,8 +43,8 @@ def uses_fp8(q: Tensor, others: dict[str, Tensor | None], descales: Descales) ->
     for name, x in others.items():
         if isinstance(x, Tensor) and x.dtype == FP8:
             raise InvalidType(f"{name}: expected the dtype of q, {q.dtype}, got {FP8}")
-    for name in "qkv":
-        if getattr(descales, name) is not None:
+    for name, x in zip("qkv", descales, strict=False):
+        if x is not None:
             raise InvalidArgument(f"{name}_descale: only for inputs of {FP8}, got {q.dtype}")
     return False
 

@@ -62,6 +62,9 @@ def _extended_cache(function):
 
 
 def _scores(softmax_scale, causal, window_size, attention_chunk, softcap, extensions: dict) -> Scores:
+    chunk = {"attention_chunk": attention_chunk} if attention_chunk != 0 else {}
+    if not extensions:
+        return scores_of(softmax_scale, causal, window_size, softcap, None, chunk)
     for name in extensions:
         if name not in _OF_SCORES:
             raise TypeError(
@@ -74,7 +77,7 @@ def _scores(softmax_scale, causal, window_size, attention_chunk, softcap, extens
     more = {
         "learnable_sink": sink if s_aux is None else s_aux,
         "attn_bias": extensions.get("attn_bias"),
-        "attention_chunk": attention_chunk,
+        **chunk,
     }
     return scores_of(softmax_scale, causal, window_size, softcap, extensions.get("alibi_slopes"), more)
 
