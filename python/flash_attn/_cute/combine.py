@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from flash_attn._call import check_tensors
+from flash_attn._combine import combined
 from flash_attn._errors import InvalidArgument
 from flash_attn._s_dmask import sequence_of_rows
 
@@ -53,11 +54,7 @@ def flash_attn_combine(
             rows, b = sequence_of_rows(cu_seqlens, parts.shape[1])
             used = rows - cu_seqlens[b] < seqused[b]
         lse_partial = lse_partial.masked_fill(~used[..., None], -torch.inf)
-    lse = torch.logsumexp(lse_partial, 0)
-    nothing = lse == -torch.inf
-    weight = torch.exp(lse_partial - lse.masked_fill(nothing, 0.0))
-    seen = (lse_partial != -torch.inf)[..., None]  # what saw nothing adds nothing, whatever it holds
-    result = (weight[..., None] * parts.masked_fill(~seen, 0.0)).sum(0)
+    result, lse = combined(parts, lse_partial)
     result = result.to(out.dtype if out is not None else out_dtype or out_partial.dtype)
     result = result if out is None else out.copy_(result)
     return result, lse.float() if return_lse else None

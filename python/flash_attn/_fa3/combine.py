@@ -1,13 +1,11 @@
-"""flash_attn_combine: attention over parts of the keys, put together.
-
-With w_s = exp(lse_s - lse) and lse = log sum_s exp(lse_s), out = sum_s w_s out_s.
-"""
+"""FlashAttention-3's flash_attn_combine."""
 
 from __future__ import annotations
 
 import torch
 
 from flash_attn._call import check_tensors
+from flash_attn._combine import combined
 from flash_attn._errors import InvalidArgument, InvalidType
 
 
@@ -42,17 +40,7 @@ def flash_attn_combine(out_partial, lse_partial, out=None, out_dtype=None):
         if out_dtype is not None and out_dtype != out.dtype:
             raise InvalidType(f"out_dtype: expected the dtype of out, {out.dtype}, got {out_dtype}")
 
-    empty = torch.isinf(lse_partial)
-    lse_partial = lse_partial.masked_fill(empty, -torch.inf)
-    top = lse_partial.detach().amax(0)
-    top = top.masked_fill(top == -torch.inf, 0)
-    weights = torch.exp(lse_partial - top)
-    total = weights.sum(0)
-    nothing = total == 0
-    lse = torch.log(total.masked_fill(nothing, 1)) + top
-    lse = lse.masked_fill(nothing, -torch.inf)
-    weights = weights / total.masked_fill(nothing, 1)
-    result = (out_partial.masked_fill(empty[..., None], 0) * weights[..., None]).sum(0)
+    result, lse = combined(out_partial, lse_partial)
     if out is None:
         return result.to(out_dtype or out_partial.dtype), lse.float()
     return out.copy_(result), lse.float()
