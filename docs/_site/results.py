@@ -18,7 +18,7 @@ def records(name: str) -> list[dict]:
 
 def choose(file: str, /, **wanted) -> list[dict]:
     """The records with these values."""
-    return [r for r in records(file) if all(r[key] == value for key, value in wanted.items())]
+    return [r for r in records(file) if r.get("name") != "header" and all(r[k] == value for k, value in wanted.items())]
 
 
 def only(file: str, /, **wanted) -> dict:
@@ -38,4 +38,4 @@ def ratios(file: str, of: str, to: str, /, **wanted) -> list[float]:
     """tflops of one implementation over another's, shape by shape."""
     shape = lambda r: tuple(r[key] for key in _SHAPE)  # noqa: E731
     other = {shape(r): r["tflops"] for r in choose(file, impl=to, **wanted)}
-    return [r["tflops"] / other[shape(r)] for r in choose(file, impl=of, **wanted)]
+    return [r["tflops"] / other[shape(r)] for r in choose(file, impl=of, **wanted) if other[shape(r)]]

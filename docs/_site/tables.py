@@ -35,11 +35,41 @@ def peers() -> str:
 
 
 def gpu() -> str:
-    name, rows = "nvidia-h200/triton", []
+    rows = []
     for direction in ("forward", "backward"):
-        cells = [_cell(ratios(name, "triton", to, name=direction)) for to in ("torch-fa2", "torch-cudnn")]
-        rows.append([f"`triton`, {direction}", *cells])
-    return _table(["one NVIDIA H200, bf16", "against PyTorch's FlashAttention-2", "against cuDNN"], rows)
+        fa2 = ratios("nvidia-h200/gpu", "plus", "torch_fa2", name=direction, varlen=False, tokens=16384)
+        cudnn = ratios("nvidia-h200/triton", "triton", "torch-cudnn", name=direction)
+        rows.append([f"`triton`, {direction}", _cell(fa2), _cell(cudnn)])
+    return _table(["one NVIDIA H200, bf16", "against PyTorch's FlashAttention-2", "against cuDNN, earlier"], rows)
+
+
+def host() -> str:
+    """The least of the microseconds that a call keeps the host busy."""
+    rows = []
+    for impl, words in (("plus", "ours"), ("torch_fa2", "PyTorch's FlashAttention-2")):
+        least = [
+            min(r["host_us"] for r in choose("nvidia-h200/gpu", name=name, impl=impl) if r["host_us"])
+            for name in ("forward", "decode", "backward")
+        ]
+        rows.append([words, *(f"{us:.0f} µs" for us in least)])
+    return _table(["one NVIDIA H200", "forward", "a decode step", "backward"], rows)
+
+
+def device_tests() -> str:
+    """What ran on the GPU, and how it ended."""
+    rows = []
+    for r in records("nvidia-h200/tests"):
+        if r["name"] == "verify":
+            what = f"verify: `{r['backend']}`, {r['dtype']}, {r['pass']}"
+            rows.append([what, f"{r['cases'] - r['failed']} of {r['cases']}, {r['largest']:.2f} of the bound at most"])
+        elif r["name"] == "repeats":
+            rows.append([f"{len(r['differing'])} calls, {r['repeats']} repeats", f"{sum(r['differing'].values())} differ"])
+        elif r["name"] == "random problems":
+            words = f"{r['agree']} of {r['problems']} agree with the oracle"
+            rows.append([f"random problems, both passes, `{r['backend']}`", words])
+        else:
+            rows.append([f"{r['name']}: {r['program']}", f"{r['errors']} errors"])
+    return _table(["on one NVIDIA H200", ""], rows)
 
 
 def overhead() -> str:
@@ -61,4 +91,4 @@ def overhead() -> str:
     return _table(head, rows)
 
 
-TABLES = {"peers": peers, "gpu": gpu, "overhead": overhead}
+TABLES = {"peers": peers, "gpu": gpu, "host": host, "device_tests": device_tests, "overhead": overhead}
