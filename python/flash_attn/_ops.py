@@ -56,7 +56,7 @@ def _forward(call: dict):
     return out, lse, q.new_empty((0,)) if S_dmask is None else S_dmask, rng_state
 
 
-def _fake_forward(call: dict):
+def fake_forward(call: dict):
     q, k = call["q"], call["k"]
     if call["return_softmax"] and call["dropout_p"] > 0:
         if "cu_seqlens_q" in call:
@@ -75,7 +75,7 @@ define(
     f"_flash_attn_forward({_FORWARD}float dropout_p, float softmax_scale, bool causal, SymInt window_size_left, "
     f"SymInt window_size_right, float softcap, Tensor? alibi_slopes, bool return_softmax, {_FORWARD_TAIL}",
     _forward,
-    _fake_forward,
+    fake_forward,
     forward_flops,
 )
 # zero_tensors and num_splits say how to compute, not what: rows of no sequence are always zero here.
@@ -86,7 +86,7 @@ define(
     "Tensor? block_table=None, Tensor? leftpad_k=None, Tensor? seqused_k=None, bool zero_tensors=False, "
     f"SymInt num_splits=0, {declare(Sequences, without=_UPSTREAMS_SEQUENCES)}, {_FORWARD_TAIL}",
     _forward,
-    _fake_forward,
+    fake_forward,
     forward_flops,
 )
 

@@ -10,11 +10,13 @@ arguments on every function:
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 from torch import Tensor
 
 from flash_attn import _flash_attn_gpu as flash_attn_gpu  # noqa: F401
-from flash_attn import _ops  # noqa: F401  # defines torch.ops.flash_attn
+from flash_attn import _ops  # defines torch.ops.flash_attn
 from flash_attn._attention import attention
 from flash_attn._autograd_class import autograd_class
 from flash_attn._call import FIXED, Sequences, check_tensors, extended, scores_of
@@ -166,6 +168,26 @@ def _flash_attn_varlen_backward(
         dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes, deterministic,
         rng_state, zero_tensors,
     )  # fmt: skip
+
+
+def _fake(function, shapes):
+    """Upstream's name for the shapes of an operator's results: its arguments, tensors of uninitialised memory back."""
+    signature = inspect.signature(function)
+
+    def fake(*values, **keywords):
+        call = signature.bind(*values, **keywords)
+        call.apply_defaults()
+        return shapes(call.arguments)
+
+    fake.__name__ = fake.__qualname__ = f"{function.__name__}_fake"
+    fake.__signature__ = signature
+    return fake
+
+
+_flash_attn_forward_fake = _fake(_flash_attn_forward, _ops.fake_forward)
+_flash_attn_varlen_forward_fake = _fake(_flash_attn_varlen_forward, _ops.fake_forward)
+_flash_attn_backward_fake = _fake(_flash_attn_backward, _ops.fake_softmax_d)
+_flash_attn_varlen_backward_fake = _fake(_flash_attn_varlen_backward, _ops.fake_softmax_d)
 
 
 def _check_packed(name: str, x: Tensor, ndim: int, parts: int) -> None:
@@ -356,4 +378,11 @@ FlashAttnVarlenKVPackedFunc = autograd_class(
 )
 FlashAttnVarlenQKVPackedFunc = autograd_class(
     flash_attn_varlen_qkvpacked_func, "FlashAttnVarlenQKVPackedFunc", "See flash_attn_varlen_qkvpacked_func."
+)
+
+from flash_attn._v1 import (  # noqa: E402, F401  # version 1's names, made of those above
+    flash_attn_unpadded_func,
+    flash_attn_unpadded_kvpacked_func,
+    flash_attn_unpadded_qkvpacked_func,
+    flash_attn_unpadded_qkvpacked_split_func,
 )
