@@ -60,6 +60,9 @@ def _find(module: str, name: str):
     except ModuleNotFoundError as error:
         if error.name and not f"{module}.".startswith(f"{error.name}."):
             raise  # ours, but it needs what is not installed
+    except ImportError as error:
+        if "is not served" not in str(error):  # a module that refuses itself, in words
+            raise
     except AttributeError:
         pass
     return None
@@ -121,7 +124,10 @@ def _same_default(ours, theirs) -> bool:
         return ours is theirs
     if theirs == "...":  # made anew for each object
         return True
-    value = eval(theirs, {"torch": torch, "nn": torch.nn, "F": torch.nn.functional, "__builtins__": {}})
+    try:
+        value = eval(theirs, {"torch": torch, "nn": torch.nn, "F": torch.nn.functional, "__builtins__": {}})
+    except NameError:  # something of the package
+        return getattr(ours, "__name__", None) == theirs
     return ours is value or (type(ours) is type(value) and ours == value)
 
 
