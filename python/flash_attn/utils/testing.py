@@ -181,8 +181,8 @@ def attention_ref(
     q (batch, seqlen_q, nheads, headdim), k (batch, seqlen_k, nheads_k, headdim), v (batch, seqlen_k, nheads_k,
     headdim_v), qv (batch, seqlen_q, nheads, headdim_v): scores are scale * (q k' + qv v'). The padding masks (batch,
     seqlen) bool; attn_bias broadcastable to the scores; dropout_mask bool like the scores, True where one stays;
-    descales (batch, nheads_k);
-    learnable_sink (nheads): one more logit in the denominator. upcast: computes in fp32 (fp64 stays), else in the inputs' dtype. reorder_ops: scales k
+    descales (batch, nheads_k); learnable_sink (nheads): one more logit in the denominator. upcast: computes in fp32
+    (fp64 stays), else in the inputs' dtype. reorder_ops: scales k
     instead of q, to estimate rounding. intermediate_dtype: probabilities are rounded to it before they meet v.
     """
     dtype = q.dtype
