@@ -63,7 +63,8 @@ def device_tests() -> str:
             what = f"verify: `{r['backend']}`, {r['dtype']}, {r['pass']}"
             rows.append([what, f"{r['cases'] - r['failed']} of {r['cases']}, {r['largest']:.2f} of the bound at most"])
         elif r["name"] == "repeats":
-            rows.append([f"{len(r['differing'])} calls, {r['repeats']} repeats", f"{sum(r['differing'].values())} differ"])
+            differing = sum(r["differing"].values())
+            rows.append([f"{len(r['differing'])} calls, {r['repeats']} repeats", f"{differing} differ"])
         elif r["name"] == "random problems":
             words = f"{r['agree']} of {r['problems']} agree with the oracle"
             rows.append([f"random problems, both passes, `{r['backend']}`", words])

@@ -88,7 +88,7 @@ def check_constants(scores: Scores) -> None:
     """Refuses what would get no gradient though it asks for one."""
     for i in _CONSTANTS:
         x = scores[i]
-        if x is not None and type(x) not in _NUMBER_TYPES and getattr(x, "requires_grad", False):
+        if isinstance(x, Tensor) and x.requires_grad:
             raise InvalidArgument(f"{Scores._fields[i]}: has no gradient; pass it detached, or under torch.no_grad()")
 
 
