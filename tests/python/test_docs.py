@@ -6,6 +6,7 @@ C and C++ blocks are linked against build/release (`./dev build`); a block witho
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -181,6 +182,15 @@ def test_overhead_is_that_of_the_data(name: str, pattern: str) -> None:
     expected = [f(d[key] for d in data) for key in ("flash_attn_func_us", "import_ms") for f in (min, max)]
     printed = re.search(pattern, (ROOT / name).read_text(encoding="utf-8"))
     assert printed and [int(x) for x in printed.groups()] == [round(x) for x in expected]
+
+
+@pytest.mark.parametrize("name", ["README.md", "README_CN.md"])
+def test_speed_on_a_gpu_is_that_of_the_data(name: str, monkeypatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "docs/_site"))
+    tables = importlib.import_module("tables")
+    words = (ROOT / name).read_text(encoding="utf-8")
+    found = [re.findall(r"[\d.]+ × \([\d.]+\)", line) for line in tables.gpu().splitlines()[2:]]
+    assert len(found) == 2 and all(len(cells) == 2 and " | ".join(cells) in words for cells in found)
 
 
 def test_the_feature_table_is_current() -> None:
