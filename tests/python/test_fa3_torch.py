@@ -103,7 +103,7 @@ def test_compiles_mla_without_a_copy_of_the_cache():
         torch.compile(step, fullgraph=True, backend=backend)(pool, queries), step(pool, queries), strict=True
     ):
         assert torch.equal(a, b)
-    assert "flash_attn_3.fwd" in graphs[0] and "cat" not in graphs[0]
+    assert "flash_attn_3._fwd" in graphs[0] and "cat" not in graphs[0]
 
 
 @pytest.mark.parametrize("with_qv", [False, True])
@@ -130,12 +130,12 @@ def test_compiles_with_keys_that_join(with_qv):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_opcheck_forward(dtype):
     q, k, v, qv = (x.to(dtype) for x in (Q, K, V, QV))
-    torch.library.opcheck(ops.fwd.default, (q, k, v), {"is_causal": True})
-    torch.library.opcheck(ops.fwd.default, (q, k, v, None, None, qv))
-    torch.library.opcheck(ops.fwd.default, (*(x.to(dtype) for x in PACKED[:3]),), {
+    torch.library.opcheck(ops._fwd.default, (q, k, v), {"is_causal": True})
+    torch.library.opcheck(ops._fwd.default, (q, k, v, None, None, qv))
+    torch.library.opcheck(ops._fwd.default, (*(x.to(dtype) for x in PACKED[:3]),), {
         "cu_seqlens_q": CU, "cu_seqlens_k": CU, "max_seqlen_q": 7, "max_seqlen_k": 7})  # fmt: skip
     low = tuple(x.to(FP8) for x in (Q, K, V))  # opcheck's other utilities multiply their arguments
-    torch.library.opcheck(ops.fwd.default, low, test_utils="test_faketensor")
+    torch.library.opcheck(ops._fwd.default, low, test_utils="test_faketensor")
 
 
 def test_opcheck_others():
@@ -174,10 +174,10 @@ def test_operators_equal_the_functions():
 
 def test_what_cannot_be_traced_is_refused():
     def joins(q, k_cache, v_cache, k):
-        return ops.fwd(q, k_cache, v_cache, k, k, seqused_k=i32([2]))[0]
+        return ops._fwd(q, k_cache, v_cache, k, k, seqused_k=i32([2]))[0]
 
     def into(q, out):
-        return ops.fwd(q, q, q, out=out)[0]
+        return ops._fwd(q, q, q, out=out)[0]
 
     x, cache = torch.ones(1, 1, 2, 8), torch.zeros(1, 4, 2, 8)
     for function, arguments, words in ((joins, (x, cache, cache.clone(), x), "k_new"), (into, (x, x.clone()), "out")):

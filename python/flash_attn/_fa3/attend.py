@@ -50,7 +50,7 @@ def _no_keys(k: Tensor, packed: bool) -> bool:
 
 def _by_operator(q, k, v, qv, sequences: Sequences, scores: Scores) -> tuple[Tensor, Tensor]:
     """-> out, softmax_lse of a traced call with qv: where the operator runs, memory can be looked at."""
-    out, lse, *_ = torch.ops.flash_attn_3.fwd(
+    out, lse, *_ = torch.ops.flash_attn_3._fwd(
         q, k, v, None, None, qv, None, sequences.cu_seqlens_q, sequences.cu_seqlens_k, None, sequences.seqused_q,
         sequences.seqused_k, sequences.max_seqlen_q, sequences.max_seqlen_k, sequences.block_table,
         sequences.cache_batch_idx, sequences.leftpad_k, None, None, None, None, None, None, scores.softmax_scale,

@@ -1,8 +1,8 @@
 """torch.ops.flash_attn_3.fwd, bwd, fwd_combine and get_scheduler_metadata: upstream's schemas, on every device.
 
-fwd and fwd_combine write to a given `out`, and fwd to the caches that new keys join. Neither says so in its schema,
-since their results would be those arguments; so such calls are refused where somebody traces. The functions of
-interface.py trace with caches that are written to.
+Upstream's schema of fwd names what it writes to `out`, but not the caches that new keys join, and fwd_combine's names
+nothing. Calls that write are refused where somebody traces. The functions of interface.py trace with caches that are
+written to.
 """
 
 from __future__ import annotations
@@ -68,16 +68,19 @@ _TABLES = (
     "Tensor? rotary_cos=None, Tensor? rotary_sin=None, Tensor? seqlens_rotary=None, Tensor? q_descale=None, "
     "Tensor? k_descale=None, Tensor? v_descale=None, float? softmax_scale=None"
 )
-define(
-    "fwd(Tensor q, Tensor k, Tensor v, Tensor? k_new=None, Tensor? v_new=None, Tensor? q_v=None, Tensor? out=None, "
+_FORWARD_TAIL = (
     f"{_TABLES}, {_MASK}, SymInt attention_chunk=0, float softcap=0.0, bool is_rotary_interleaved=False, "
     f"Tensor? scheduler_metadata=None, {_HINTS}, Tensor? alibi_slopes=None, Tensor? learnable_sink=None, "
-    "Tensor? attn_bias=None, SymInt? used_k=None) -> (Tensor, Tensor, Tensor, Tensor)",
-    _forward,
-    _fake_forward,
-    _forward_flops,
-    "flash_attn_3",
+    "Tensor? attn_bias=None, SymInt? used_k=None"
 )
+# Compilers take no operator whose result is an argument, as upstream's says of `out`: graphs of ours hold the second.
+for _schema in (
+    "fwd(Tensor q, Tensor k, Tensor v, Tensor(k_new!)? k_new=None, Tensor(v_new!)? v_new=None, Tensor? q_v=None, "
+    f"Tensor(out!)? out=None, {_FORWARD_TAIL}) -> (Tensor(out!), Tensor, Tensor, Tensor)",
+    "_fwd(Tensor q, Tensor k, Tensor v, Tensor? k_new=None, Tensor? v_new=None, Tensor? q_v=None, Tensor? out=None, "
+    f"{_FORWARD_TAIL}) -> (Tensor, Tensor, Tensor, Tensor)",
+):
+    define(_schema, _forward, _fake_forward, _forward_flops, "flash_attn_3")
 
 
 # The same two under the names, and with the names of arguments, of upstream's Python functions.
@@ -125,8 +128,8 @@ def _fake_backward(call: dict):
 
 
 define(
-    "bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse, Tensor(a!)? dq=None, "
-    "Tensor(b!)? dk=None, Tensor(c!)? dv=None, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, "
+    "bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse, Tensor(dq!)? dq=None, "
+    "Tensor(dk!)? dk=None, Tensor(dv!)? dv=None, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, "
     f"Tensor? seqused_q=None, Tensor? seqused_k=None, {_LENGTHS}, float? softmax_scale=None, {_MASK}, "
     "float softcap=0.0, bool deterministic=False, SymInt sm_margin=0) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,
