@@ -1,7 +1,6 @@
 #include "host_threads.hpp"
 
 #include <dlfcn.h>
-#include <link.h>
 #include <unistd.h>
 
 #include <atomic>
@@ -9,7 +8,14 @@
 #include <cstring>
 #include <string>
 
+#include "cpu/system.hpp"
 #include "flash_attn/flash_attn.hpp"
+
+#if FLASH_ATTN_LINUX
+#include <link.h>
+#elif defined(__APPLE__)
+#include <mach-o/dyld.h>
+#endif
 
 namespace flash_attn::python {
 namespace {
@@ -31,16 +37,33 @@ int default_threads = 0;          // ours
 std::atomic<int> followed{0};     // the number of torch's that was taken over last
 std::atomic<bool> chosen{false};  // somebody said how many threads: torch is not followed
 
-/// Path of a loaded OpenMP runtime; torch's own is preferred where another package brought a second one.
-int find_runtime(dl_phdr_info* info, std::size_t, void* found) {
-  const std::string path = info->dlpi_name ? info->dlpi_name : "";
+/// Takes the path of a loaded library if it is an OpenMP runtime; torch's own is preferred where another package
+/// brought a second one.
+void take_runtime(const std::string& path, std::string& best) {
   const std::string name = path.substr(path.rfind('/') + 1);
   for (const char* runtime : {"libgomp", "libomp", "libiomp5"}) {
     if (name.rfind(runtime, 0) != 0) continue;
-    auto& best = *static_cast<std::string*>(found);
     if (best.empty() || path.find("/torch") != std::string::npos) best = path;
   }
-  return 0;
+}
+
+/// The path of the OpenMP runtime in this process; empty: there is none, or the system does not tell.
+std::string loaded_runtime() {
+  std::string best;
+#if FLASH_ATTN_LINUX
+  dl_iterate_phdr(
+      [](dl_phdr_info* info, std::size_t, void* found) {
+        take_runtime(info->dlpi_name ? info->dlpi_name : "", *static_cast<std::string*>(found));
+        return 0;
+      },
+      &best);
+#elif defined(__APPLE__)
+  for (uint32_t i = 0; i < _dyld_image_count(); ++i) {
+    const char* const path = _dyld_get_image_name(i);
+    take_runtime(path ? path : "", best);
+  }
+#endif
+  return best;
 }
 
 struct Region {
@@ -56,8 +79,7 @@ void run_share(void* data) {
 }  // namespace
 
 void adopt_host_threads() {
-  std::string path;
-  dl_iterate_phdr(find_runtime, &path);
+  const std::string path = loaded_runtime();
   void* const runtime = path.empty() ? nullptr : dlopen(path.c_str(), RTLD_LAZY | RTLD_NOLOAD);
   if (!runtime) return;
   const auto find = [&](auto& function, const char* name) {

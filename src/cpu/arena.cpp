@@ -1,10 +1,9 @@
 #include "cpu/arena.hpp"
 
-#include <sys/mman.h>
-
 #include <cstdlib>
 #include <utility>
 
+#include "cpu/system.hpp"
 #include "flash_attn/error.hpp"
 
 namespace flash_attn::cpu {
@@ -34,7 +33,7 @@ Arena::Arena(int64_t wanted) {
     begin_ = static_cast<char*>(std::aligned_alloc(align, size_));
     if (!begin_)
       throw Error(ErrorCode::out_of_memory, "workspace: cannot allocate " + std::to_string(size_) + " bytes");
-    if (align == kHugePage) madvise(begin_, size_, MADV_HUGEPAGE);  // advice only: fewer page faults and TLB misses
+    if (align == kHugePage) advise_huge_pages(begin_, size_);
   }
   rewind();
 }

@@ -2,15 +2,16 @@
 
 #include <cstdlib>
 
+#include "cpu/system.hpp"
+#include "flash_attn/flash_attn.hpp"
+
 #if defined(__x86_64__)
 #include <cpuid.h>
-#if defined(__linux__)
+#if FLASH_ATTN_LINUX
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
 #endif
-
-#include "flash_attn/flash_attn.hpp"
 
 namespace flash_attn {
 namespace cpu {
@@ -48,7 +49,7 @@ static bool has_f16c() {
 
 /// AMX: the processor has tiles of bf16, and the system lets this process use them (Linux asks to be asked).
 static bool amx_runs() {
-#if defined(__linux__)
+#if FLASH_ATTN_LINUX
   constexpr long kRequestPermission = 0x1023, kTileData = 18;
   unsigned a = 0, b = 0, c = 0, d = 0;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;

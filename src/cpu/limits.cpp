@@ -1,8 +1,5 @@
 #include "cpu/limits.hpp"
 
-#include <sched.h>
-#include <unistd.h>
-
 #include <algorithm>
 #include <charconv>
 #include <cstdlib>
@@ -12,6 +9,7 @@
 #include <sstream>
 #include <string>
 
+#include "cpu/system.hpp"
 #include "flash_attn/error.hpp"
 
 namespace flash_attn::cpu {
@@ -86,15 +84,12 @@ double cgroup_quota() {
 
 }  // namespace
 
-int most_threads() { return std::max(1024, static_cast<int>(sysconf(_SC_NPROCESSORS_ONLN))); }
+int most_threads() { return std::max(1024, online_cpus()); }
 
 ThreadLimits thread_limits() {
   ThreadLimits limits;
-  limits.online = static_cast<int>(sysconf(_SC_NPROCESSORS_ONLN));
-  cpu_set_t set;
-  CPU_ZERO(&set);
-  // Of the process, not of the thread that happens to ask first: a host may have pinned that one.
-  limits.affinity = sched_getaffinity(getpid(), sizeof set, &set) == 0 ? CPU_COUNT(&set) : limits.online;
+  limits.online = online_cpus();
+  limits.affinity = allowed_cpus();
   limits.quota = cgroup_quota();
   limits.requested = requested_threads();
   limits.omp = omp_threads();

@@ -1,10 +1,9 @@
 #include "cpu/memory.hpp"
 
-#include <sys/mman.h>
-
 #include <algorithm>
 #include <cstring>
 
+#include "cpu/system.hpp"
 #include "cpu/units.hpp"
 
 namespace flash_attn::cpu {
@@ -99,7 +98,7 @@ static void advise_huge_pages(const Operand& x, int64_t batches, int64_t rows, i
   const auto begin = reinterpret_cast<std::intptr_t>(x.data), end = begin + (last + 1) * size;
   const std::intptr_t first = (begin + kPage - 1) / kPage * kPage, beyond = end / kPage * kPage;
   if (beyond - first >= 2 * kPage)
-    madvise(reinterpret_cast<void*>(first), static_cast<std::size_t>(beyond - first), MADV_HUGEPAGE);
+    advise_huge_pages(reinterpret_cast<void*>(first), static_cast<std::size_t>(beyond - first));
 }
 
 void advise_huge_pages(const Problem& p) {
