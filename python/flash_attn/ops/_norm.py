@@ -236,4 +236,6 @@ def norm_backward(dys, dstream, h, mean, rstd, weights, biases, options: Options
         tuple(None if g is None else g.to(p.dtype) for g, p in zip(pair, own, strict=True))
         for pair, own in zip(sums, given, strict=True)
     ]
-    return [None if i is None else results[i][0].reshape(h.shape) for i in which], parameters
+    # One tensor for all who share it: autograd makes two gradients of two leaves only of what it sees twice.
+    gradients = [out.reshape(h.shape) for out, _ in results]
+    return [None if i is None else gradients[i] for i in which], parameters

@@ -153,6 +153,19 @@ def test_how_much_is_dropped():
 
 
 @KINDS
+def test_leaves_have_gradients_of_their_own(is_rms_norm):
+    """x, x1 and the residual get one gradient. What is added to that of one must not come to the others."""
+    function = rms_norm_fn if is_rms_norm else layer_norm_fn
+    given = inputs(torch.float32, residual=torch.float32, x1=True)
+    for _ in range(2):
+        function(**given)[..., 0].square().sum().backward()
+    twice = {name: given[name].grad.clone() for name in ("x", "x1", "residual")}
+    once = torch.autograd.grad(function(**given)[..., 0].square().sum(), given["x"])[0]
+    for grad in twice.values():
+        torch.testing.assert_close(grad, 2 * once)
+
+
+@KINDS
 def test_results_and_dtypes(is_rms_norm):
     function = rms_norm_fn if is_rms_norm else layer_norm_fn
     given = {n: t.detach() if is_float(t) else t for n, t in inputs(torch.bfloat16).items()}
