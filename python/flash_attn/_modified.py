@@ -16,7 +16,7 @@ from flash_attn import _C, _run
 from flash_attn._attention import check_constants
 from flash_attn._backend import current
 from flash_attn._call import Run, Scores, Sequences
-from flash_attn._engines.torch.mods import Mods
+from flash_attn._engines.torch.mods import VALUES, Mods, tensors_read
 from flash_attn._errors import NotServed
 from flash_attn._refusal import refuse_gradient
 from flash_attn._tensors import empty_gradients, empty_lse, empty_out, is_plain
@@ -96,12 +96,23 @@ def backward(call: Call, dout, q, k, v, out, lse, dq, dk, dv, dlse, dsink) -> No
         )  # fmt: skip
 
 
+def _constants(call: Call, q: Tensor, k: Tensor) -> list[Tensor]:
+    """What a backward reads again and has no gradient: autograd, which saves it, sees when it has been written to."""
+    constants = [x for x in call.sequences if isinstance(x, Tensor)]
+    blocks = call.mods.blocks
+    for name in VALUES if q.numel() and k.numel() else ():
+        is_asked = name != "mask_mod" or blocks is None or bool((blocks.kinds == blocks.PARTIAL).any())
+        if is_asked and (function := getattr(call.mods, name)) is not None:
+            constants += (x for x in tensors_read(name, function, q.device) if not x.requires_grad)
+    return [x for x in constants if not x.is_inference()]
+
+
 class _Modified(torch.autograd.Function):
     @staticmethod
     def forward(ctx, call: Call, q, k, v, sink, *reads):
         out, lse = empty_out(q, v), empty_lse(q)
         forward(call, q, k, v, out, lse)
-        ctx.save_for_backward(q, k, v, out, lse, sink, *reads)
+        ctx.save_for_backward(q, k, v, out, lse, sink, *reads, *_constants(call, q, k))
         ctx.call = call
         ctx.set_materialize_grads(False)
         return out, lse
@@ -109,6 +120,7 @@ class _Modified(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout, dlse):
         q, k, v, out, lse, sink, *reads = ctx.saved_tensors
+        del reads[len(ctx.call.mods.reads) :]
         if ctx.call.sequences.block_table is not None:
             raise NotServed("page_table: pages of keys and values are not differentiable")
         dout = torch.zeros_like(out) if dout is None else dout

@@ -274,6 +274,7 @@ def alibi(score, b, h, q_idx, kv_idx):
 MODS = {
     "causal": {"mask_mod": causal_mask},
     "nothing": {"mask_mod": lambda b, h, i, j: i < 0},
+    "a head": {"mask_mod": lambda b, h, i, j: h == 1},
     "some heads": {"mask_mod": lambda b, h, i, j: (h != 1) & ((i + j) % 3 > 0)},
     "documents": {"mask_mod": lambda b, h, i, j: DOCUMENTS[b, i] == DOCUMENTS[b, j]},
     "prefix": {"mask_mod": lambda b, h, i, j: (j < PREFIX[b]) | (j <= i + 16)},
@@ -412,6 +413,49 @@ def test_functions_that_do_not_broadcast():
                          s + (exact_table[i] * columns.double()[j]).sum(-1))  # fmt: skip
     ours, theirs = (torch.autograd.grad(x.square().sum(), y)[0] for x, y in ((out, table), (exact, exact_table)))
     torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_functions_that_write_to_their_arguments():
+    """They get numbers of their own: what others see, and what the next block sees, stays."""
+
+    def in_place(score, b, h, q_idx, kv_idx):
+        h += 1
+        kv_idx -= 3
+        twice = score.mul_(2)
+        return (twice * twice).mul_(0.25).add_(h * (kv_idx - q_idx), alpha=0.125)
+
+    def mask_in_place(b, h, q_idx, kv_idx):
+        kv_idx -= 16
+        return kv_idx <= q_idx
+
+    def slope_in_place(dscore, score, b, h, q_idx, kv_idx):
+        return dscore.mul_(score.mul_(2))
+
+    def same(score, b, h, q_idx, kv_idx):
+        return score * score + 0.125 * (h + 1) * (kv_idx - 3 - q_idx)
+
+    exact = by_formula(score_mod=same, mask_mod=causal_mask)
+    for more in ({}, {"score_mod_bwd": slope_in_place}):
+        ours = with_lse(score_mod=in_place, mask_mod=mask_in_place, **more)
+        check(ours, exact, operands(BASE, torch.float32))
+
+
+def test_what_a_function_reads_must_not_change():
+    """Before the gradient is computed: it would be that of another function."""
+    table, documents, lengths = SLOPES.clone(), DOCUMENTS.clone(), torch.tensor([53, 40], dtype=torch.int32)
+    q, k, v = (x.requires_grad_() for x in operands(BASE, torch.float32))
+    for written in (None, table, documents, lengths):
+        out, _ = flash_attn_varlen_func(
+            q, k, v, seqused_k=lengths, score_mod=lambda s, b, h, i, j: s * table[h],
+            mask_mod=lambda b, h, i, j: documents[b, i] == documents[b, j],
+        )  # fmt: skip
+        if written is None:
+            out.sum().backward()
+            continue
+        written += 1
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            out.sum().backward()
+        written -= 1
 
 
 def test_how_functions_are_called():

@@ -135,7 +135,7 @@ def _call(q, k, v, sequences, scores, functions: _Functions, deterministic=False
     blocks = block_lists(functions.block_sparse_tensors, "block_sparse_tensors", q, k, sequences, by_keys)
     reads = ()
     if made["score_mod"] is not None and q.numel() and k.numel():
-        reads = tensors_read(made["score_mod"], q.device)
+        reads = (x for x in tensors_read("score_mod", made["score_mod"], q.device) if x.is_floating_point())
         reads = tuple(x for x in reads if x.requires_grad or torch.finfo(x.dtype).bits <= 16)
         wanted = any(x.requires_grad for x in reads) and torch.is_grad_enabled()
         if wanted and made["score_mod_bwd"] is not None:

@@ -71,6 +71,9 @@ class Mods:
     first_head: int = 0  # of the caller's, where a call computes some of them
 
 
+VALUES = {"score_mod": 1, "mask_mod": 0, "score_mod_bwd": 2}  # that a function takes before b, h, q_idx, kv_idx
+
+
 class OfNumbers(TorchFunctionMode):
     """table[q_idx] looks a number up, where Python's indexing would ask a tensor without dimensions for its value.
 
@@ -147,7 +150,7 @@ class Evaluation:
                 *values, b[:, None, None, None], h[:, None, None], q_idx[:, None, :, None], kv_idx[:, None, None]
             )
             x = _checked(x, self.dtype, b, self.name)
-            return x if x.dim() == 4 else x.expand(1, 1, 1, 1)
+            return x[(None,) * (4 - x.dim())]
 
         def of_numbers(*x):
             x = _checked(self._of(*x), self.dtype, b, self.name)
@@ -160,7 +163,8 @@ class Evaluation:
         mapped = of_numbers
         for dims in ((None, None, None, 0), (None, None, 0, None), (None, 0, None, None), (0, None, *own)):
             mapped = torch.vmap(mapped, in_dims=(*every, *dims))
-        return mapped(*values, *where)
+        # Copies, as the function may write to its arguments.
+        return mapped(*(x.clone() for x in (*values, *where)))
 
 
 class Modifier:
@@ -194,11 +198,11 @@ class Modifier:
         q_idx, kv_idx = (self._positions(r, b, n) for r, n in zip((i, j), self.lengths, strict=True))
         return positions(b, self.device), self.heads, q_idx, kv_idx
 
-    def _evaluation(self, name: str, values: int, dtype, info=None, instead=None) -> Evaluation:
+    def _evaluation(self, name: str, dtype, info=None, instead=None) -> Evaluation:
         """Of the function called `name`; how it is called best is found out once."""
         if name not in self._broadcasts:
             new = Evaluation(getattr(self.mods, name), name, dtype, self.info, self._instead(self.reads))
-            self._broadcasts[name] = new.fastest(values).broadcasts
+            self._broadcasts[name] = new.fastest(VALUES[name]).broadcasts
         instead = self._instead(self.reads) if instead is None else instead
         info = self.info if info is None else info
         return Evaluation(getattr(self.mods, name), name, dtype, info, instead, self._broadcasts[name])
@@ -208,17 +212,17 @@ class Modifier:
 
     def allowed(self, b: slice, i: slice, j: slice) -> Tensor:
         """What mask_mod says, bool (C or 1, H or 1, R, N)."""
-        allowed = self._evaluation("mask_mod", 0, torch.bool)((), self._where(b, i, j))
+        allowed = self._evaluation("mask_mod", torch.bool)((), self._where(b, i, j))
         return allowed.expand(-1, -1, i.stop - i.start, j.stop - j.start)
 
     def score(self, u: Tensor, b: slice, i: slice, j: slice, gradient: bool) -> tuple[Tensor, Callable | None]:
         """Scores u (C, H, R, N) -> those that score_mod makes of them, and ds -> du (which adds to dreads)."""
         mods, where = self.mods, self._where(b, i, j)
-        evaluation = self._evaluation("score_mod", 1, u.dtype)
+        evaluation = self._evaluation("score_mod", u.dtype)
         if not gradient or mods.score_mod_bwd is not None:
 
             def pull_by_hand(ds: Tensor) -> Tensor:
-                return self._evaluation("score_mod_bwd", 2, u.dtype)((ds, u), where).expand_as(u)
+                return self._evaluation("score_mod_bwd", u.dtype)((ds, u), where).expand_as(u)
 
             return evaluation((u,), where).expand_as(u), pull_by_hand
         with torch.inference_mode(False), torch.enable_grad():
@@ -227,7 +231,7 @@ class Modifier:
             wanted = [(x, total) for x, total in zip(reads, mods.dreads, strict=True) if total is not None]
             for x, _ in wanted:
                 x.requires_grad_()
-            evaluation = self._evaluation("score_mod", 1, u.dtype, Tables(*info), self._instead(reads))
+            evaluation = self._evaluation("score_mod", u.dtype, Tables(*info), self._instead(reads))
             s = evaluation((leaf,), where).expand_as(leaf)
 
         def pull(ds: Tensor) -> Tensor:
@@ -243,27 +247,30 @@ class Modifier:
         return s.detach(), pull
 
 
-def tensors_read(score_mod: Callable, device: torch.device) -> tuple[Tensor, ...]:
-    """The floating-point tensors that a call of score_mod reads, however it comes by them."""
+def tensors_read(name: str, function: Callable, device: torch.device) -> tuple[Tensor, ...]:
+    """The tensors that a call of the function reads, however it comes by them. `name`: what it is, of VALUES."""
     made, found = {}, {}
 
     class Watch(TorchFunctionMode):
         def __torch_function__(self, function, types, args=(), kwargs=None):
             for x in pytree.tree_leaves((args, kwargs)):
-                if isinstance(x, Tensor) and x.is_floating_point() and id(x) not in made:
+                if isinstance(x, Tensor) and id(x) not in made:
                     found[id(x)] = x
             results = function(*args, **(kwargs or {}))
             made.update((id(x), x) for x in pytree.tree_leaves(results))  # alive: no other tensor gets their ids
             return results
 
     zero = torch.zeros((1,), dtype=torch.int64, device=device)
+    tables = Tables(*(zero.clone() for _ in Tables._fields))
+    made.update((id(x), x) for x in tables)
+    dtype = torch.bool if name == "mask_mod" else torch.float32
 
     def one(*numbers):
         made.update((id(x), x) for x in numbers)
         with Watch():
-            info = SeqlenInfo(numbers[1], Tables(zero, zero, zero, zero))
-            return _checked(score_mod(*numbers, info), torch.float32, numbers[0], "score_mod")
+            return _checked(function(*numbers, SeqlenInfo(numbers[-4], tables)), dtype, numbers[-4], name)
 
     with OfNumbers({}):
-        torch.vmap(one)(torch.zeros((1,), device=device), zero, zero, zero, zero)
+        values = [torch.zeros((1,), device=device) for _ in range(VALUES[name])]
+        torch.vmap(one)(*values, *(zero.clone() for _ in range(4)))
     return tuple(found.values())
