@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._C import _autograd
 from torch.autograd.function import once_differentiable
 
 from flash_attn._errors import InvalidArgument, NotServed
@@ -65,6 +66,18 @@ def _saved(ctx) -> tuple:
     return *tensors, ctx.offset if offsets is None else offsets
 
 
+def _mark_written(ctx, x: Tensor) -> None:
+    """Tells autograd that x itself is turned, so that who goes on with x instead of the result has its gradient, too.
+
+    Autograd takes no such word of a leaf or its views, nor of a view that has siblings (of unbind, split, chunk): of
+    these the result alone has the gradient.
+    """
+    of_leaf = x.is_leaf or (x._base is not None and x._base.is_leaf)
+    alone = x._base is None or _autograd._get_creation_meta(x) == _autograd.CreationMeta.DEFAULT
+    if x.requires_grad and alone and not of_leaf:
+        ctx.mark_dirty(x)
+
+
 def _without_gradient_of_tables(y: Tensor, *tables: Tensor | None) -> Tensor:
     words = "rotary embedding has no gradient with respect to cos and sin"
     return refuse_gradient(words, y, [t for t in tables if t is not None]) if torch.is_grad_enabled() else y
@@ -85,6 +98,8 @@ class ApplyRotaryEmb(torch.autograd.Function):
     ):
         _save(ctx, (cos, sin, cu_seqlens), seqlen_offsets)
         ctx.interleaved, ctx.max_seqlen = interleaved, max_seqlen
+        if inplace:
+            _mark_written(ctx, x)
         return applied(x, cos, sin, seqlen_offsets, cu_seqlens, max_seqlen, interleaved, inplace)
 
     @staticmethod
@@ -194,6 +209,7 @@ class ApplyRotaryEmbQKV_(torch.autograd.Function):
         _save(ctx, (cos, sin, cos_k, sin_k), seqlen_offsets)
         ctx.interleaved, ctx.num_heads_q = interleaved, num_heads_q
         parts = _parts_of_qkv(qkv, cos, sin, cos_k, sin_k, seqlen_offsets, num_heads_q)
+        _mark_written(ctx, qkv)
         return _turn(qkv, parts, interleaved, inplace=True)
 
     @staticmethod
@@ -231,6 +247,7 @@ class ApplyRotaryEmbKV_(torch.autograd.Function):
     def forward(ctx, kv, cos, sin, interleaved=False, seqlen_offsets: int | Tensor = 0):
         _save(ctx, (cos, sin), seqlen_offsets)
         ctx.interleaved = interleaved
+        _mark_written(ctx, kv)
         return _turn(kv, _parts_of_kv(kv, cos, sin, seqlen_offsets), interleaved, inplace=True)
 
     @staticmethod
@@ -288,7 +305,7 @@ class RotaryEmbedding(torch.nn.Module):
             and seqlen <= self._seq_len_cached
             and kept.device == device
             and kept.dtype == dtype
-            and (torch.compiler.is_compiling() or not (self.training and kept.is_inference()))
+            and (torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or not kept.is_inference())
         ):
             return
         self._seq_len_cached = seqlen

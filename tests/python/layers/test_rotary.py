@@ -141,6 +141,38 @@ def test_in_place_is_in_place(interleaved):
     assert apply_rotary(x, cos, sin, inplace=True) is x
 
 
+IN_PLACE = {
+    "apply_rotary_emb": (lambda x, *t: apply_rotary_emb(x, *t, inplace=True), ()),
+    "apply_rotary_emb_qkv_": (apply_rotary_emb_qkv_, (3,)),
+    "apply_rotary_emb_kv_": (apply_rotary_emb_kv_, (2,)),
+}
+OWNERS = {"made": lambda x: x * 1, "view": lambda x: (x * 1).flatten(-2).unflatten(-1, (HEADS, HEADDIM))}
+NO_OWNERS = {"leaf": lambda x: x, "of a leaf": lambda x: x[:], "of unbind": lambda x: (x * 1)[None].unbind(0)[0]}
+
+
+@pytest.mark.parametrize("name", IN_PLACE)
+@pytest.mark.parametrize("kind", [*OWNERS, *NO_OWNERS])
+def test_who_goes_on_with_what_was_turned_in_place(kind, name):
+    """Has the result's gradient, as of torch's own operations; where autograd allows no writing, the result has it."""
+    function, parts = IN_PLACE[name]
+    cos, sin = tables(4, torch.float64)
+    shape = (BATCH, SEQLEN, *parts, HEADS, HEADDIM)
+    given, weight = torch.randn(shape, dtype=torch.float64), torch.randn(shape, dtype=torch.float64)
+
+    def gradient(make, goes_on: bool):
+        x = given.clone().requires_grad_()
+        y = make(x)
+        result = function(y, cos, sin)
+        return torch.autograd.grad(((y if goes_on else result) * weight).sum(), x)[0]
+
+    turned = apply_rotary_emb(weight.flatten(2, -2), cos, -sin).view(shape)  # the gradient turns the other way
+    if parts:
+        turned[:, :, -1] = weight[:, :, -1]  # v's
+    assert torch.allclose(gradient((OWNERS | NO_OWNERS)[kind], False), turned)
+    if kind in OWNERS:
+        assert torch.allclose(gradient(OWNERS[kind], True), turned)
+
+
 def test_the_gradient_of_others_stays():
     """An addition hands one gradient to both its arguments: turning it in place would turn the other's, too."""
     cos, sin = tables(4, torch.float32)
@@ -229,7 +261,7 @@ def test_the_cache_of_the_module():
     with torch.inference_mode():
         emb(torch.randn(1, 9, 3, 2, 16))
     x = torch.randn(1, 9, 3, 2, 16, requires_grad=True)
-    emb.train()(x * 1).sum().backward()  # tables made in inference mode could not be saved
+    emb.eval()(x * 1).sum().backward()  # tables made in inference mode could not be saved
     assert x.grad is not None
     with pytest.raises(NotImplementedError, match="pos_idx_in_fp32"):
         RotaryEmbedding(8, pos_idx_in_fp32=False)
