@@ -96,9 +96,13 @@ const dlpack::ExchangeApi* exchange_api_of(PyTypeObject* type) {
   return api;
 }
 
-/// torch's lazily negated views (the imaginary part of a conjugate) export the memory without the sign.
-nb::object with_sign(nb::handle object) {
+/// torch's lazily negated views (the imaginary part of a conjugate) export the memory without the sign. They are read
+/// by a copy, which is no place for results.
+nb::object with_sign(nb::handle object, const char* name, Holds holds) {
   if (!nb::hasattr(object, "is_neg") || !nb::cast<bool>(object.attr("is_neg")())) return nb::borrow(object);
+  if (holds == Holds::results)
+    throw Error(ErrorCode::invalid_argument,
+                std::string(name) + ": expected memory to write to, got a view that torch negates when it is read");
   return object.attr("resolve_neg")();
 }
 
@@ -126,7 +130,7 @@ nb::object export_of(const nb::object& source) {
 }
 
 Tensor from_capsule(nb::handle object, const char* name, Owners& owners, Holds holds) {
-  nb::object source = with_sign(object);
+  nb::object source = with_sign(object, name, holds);
   if (nb::hasattr(source, "detach")) source = source.attr("detach")();
   nb::object capsule = export_of(source);
   if (!capsule
@@ -155,7 +159,7 @@ const dlpack::ExchangeApi* exchange_api(nb::handle object) { return exchange_api
 Tensor tensor(nb::handle object, const char* name, Owners& owners, Holds holds) {
   if (object.is_none()) return {};
   if (const dlpack::ExchangeApi* api = exchange_api(object)) {
-    const nb::object source = with_sign(object);
+    const nb::object source = with_sign(object, name, holds);
     if (!source.is(object)) owners.push_back(source);
     dlpack::Tensor borrowed;
     if (api->tensor_from_object(source.ptr(), &borrowed) != 0) refuse_export(object, name, holds);

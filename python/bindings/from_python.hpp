@@ -16,8 +16,9 @@ namespace nb = nanobind;
 /// Keeps alive what the fallback way of `tensor` borrows from, until the call is over.
 using Owners = std::vector<nb::object>;
 
-/// What a tensor is expected to hold: floating-point numbers, int32 indices, or the two int64 of a dropout state.
-enum class Holds { numbers, table, state };
+/// What a tensor is expected to hold: floating-point numbers, those that a call writes, int32 indices, or the two int64
+/// of a dropout state.
+enum class Holds { numbers, results, table, state };
 
 /// None: absent. Else any object of a type with DLPack's C exchange table (torch >= 2.10: no Python is run), or with
 /// `__dlpack__` (of its `detach()`, if it has one: a producer refuses to export what records gradients).

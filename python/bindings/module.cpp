@@ -48,10 +48,12 @@ struct ForwardCall {
   ForwardCall(nb::handle q, nb::handle k, nb::handle v, nb::handle out, nb::handle lse, const Groups& groups,
               nb::handle new_keys, nb::handle rotary) {
     call.q = tensor(q, "q", owners);
-    call.k = tensor(k, "k", owners);
-    call.v = tensor(v, "v", owners);
-    call.out = tensor(out, "out", owners);
-    call.lse = tensor(lse, "softmax_lse", owners);
+    const bool joins = !new_keys.is_none() && !nb::object(new_keys[0]).is_none();
+    const Holds cached = joins ? Holds::results : Holds::numbers;
+    call.k = tensor(k, "k", owners, cached);
+    call.v = tensor(v, "v", owners, cached);
+    call.out = tensor(out, "out", owners, Holds::results);
+    call.lse = tensor(lse, "softmax_lse", owners, Holds::results);
     groups.fill(call, owners);
     read(new_keys, call.new_keys, owners);
     read(rotary, call.rotary, owners);
@@ -71,12 +73,12 @@ struct BackwardCall {
     call.v = tensor(v, "v", owners);
     call.out = tensor(out, "out", owners);
     call.lse = tensor(lse, "softmax_lse", owners);
-    call.dq = tensor(dq, "dq", owners);
-    call.dk = tensor(dk, "dk", owners);
-    call.dv = tensor(dv, "dv", owners);
+    call.dq = tensor(dq, "dq", owners, Holds::results);
+    call.dk = tensor(dk, "dk", owners, Holds::results);
+    call.dv = tensor(dv, "dv", owners, Holds::results);
     call.dlse = tensor(dlse, "dlse", owners);
-    call.dbias = tensor(dbias, "dbias", owners);
-    call.dsink = tensor(dsink, "dsink", owners);
+    call.dbias = tensor(dbias, "dbias", owners, Holds::results);
+    call.dsink = tensor(dsink, "dsink", owners, Holds::results);
     groups.fill(call, owners);
   }
 };

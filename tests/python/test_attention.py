@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import flash_attn
 import pytest
 import torch
 from flash_attn import backend
@@ -216,6 +217,21 @@ def test_lazily_negated_input():
     z = torch.view_as_complex(torch.randn(2, 9, 4, 16, 2)).conj().imag
     assert z.is_neg()
     assert torch.equal(flash_attn_func(z, k, v), flash_attn_func(z.resolve_neg(), k, v))
+
+
+def test_results_are_not_written_to_lazily_negated_views():
+    """Their memory would be read with another sign than it was written with."""
+    q, k, v = torch.randn(3, 2, 1, 4, 16).unbind(0)
+    cache, negated = torch.zeros(2, 9, 4, 16), torch.zeros(2, 9, 4, 16, dtype=torch.complex64).conj().imag
+    assert negated.is_neg()
+    for name, run in {
+        "out": lambda: flash_attn.attention(q, k, v, out=negated[:, :1]),
+        "k_cache": lambda: flash_attn.flash_attn_with_kvcache(q, negated, cache, k, v, cache_seqlens=2),
+        "v_cache": lambda: flash_attn.flash_attn_with_kvcache(q, cache, negated, k, v, cache_seqlens=2),
+    }.items():
+        with pytest.raises(ValueError, match=f"^{name}: expected memory to write to"):
+            run()
+    flash_attn.flash_attn_with_kvcache(q, negated, negated, cache_seqlens=2)  # reads
 
 
 @pytest.mark.parametrize("options", [{}, {"causal": True}, {"window_size": (3, 2)}, {"softcap": 4.0, "causal": True}])
