@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from flash_attn.losses.cross_entropy import CrossEntropyLoss
 from flash_attn.ops.fused_dense import ColumnParallelLinear, FusedMLP, ParallelFusedMLP, RowParallelLinear
 from flash_attn.ops.triton.cross_entropy import cross_entropy_loss
 from flash_attn.utils import distributed as D
+from support.processes import in_processes
 
 WORLD = 2
 
@@ -124,16 +124,13 @@ def layers(rank: int, group) -> None:
         ColumnParallelLinear(4, 6, group, multiple_of=4)
 
 
-def worker(rank: int, store: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD)
+def worker(rank: int) -> None:
     for part in (collectives, parameters, vocabulary, layers):
         part(rank, dist.group.WORLD)
-    dist.destroy_process_group()
 
 
 def test_two_processes(tmp_path):
-    mp.spawn(worker, (str(tmp_path / "store"),), WORLD)
+    in_processes(worker, WORLD, tmp_path)
 
 
 def test_shares():

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from flash_attn.models.gpt import GPTLMHeadModel, combine_state_dicts_tp, shard_state_dict_tp
 from flash_attn.modules.mha import ParallelMHA, get_alibi_slopes
 from flash_attn.utils.distributed import allreduce_sequence_parallel_grad
+from support.processes import in_processes
 
 WORLD = 2
 BASE = dict(
@@ -81,19 +81,15 @@ def check_layer(rank: int, group) -> None:
         layer(x, cu_seqlens=cu_seqlens)
 
 
-def worker(rank: int, store: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD)
+def worker(rank: int) -> None:
     for case in CASES:
         for sequence_parallel in (False, True):
             check_model(rank, dist.group.WORLD, case, sequence_parallel)
     check_layer(rank, dist.group.WORLD)
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 def test_two_processes(tmp_path) -> None:
-    mp.spawn(worker, (str(tmp_path / "store"),), WORLD)
+    in_processes(worker, WORLD, tmp_path)
 
 
 def test_sizes_that_do_not_divide() -> None:
