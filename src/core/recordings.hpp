@@ -47,7 +47,8 @@ class Launcher {
 };
 
 /// Launches a recording on the tensors, stream and workspace of a call of its key. False, with nothing done, where it
-/// cannot: another context is current, or it needs workspace and the call has no allocator.
+/// cannot: another context is current, or it needs workspace and the call has no allocator or gets no memory from it.
+/// The engine is asked then, and where memory has run out, its framework says so with its own error.
 bool replay(const Recording& recording, const Launcher& launcher, const CallKey& key, Device device, const Run& run);
 
 /// Recordings by key. Forgets all when there are many, as a length in the keys may grow step by step.
