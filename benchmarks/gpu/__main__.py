@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from cells import CELLS, DTYPES, TINY, Cell, Inputs
 from clock import Clock, Runner, alternate, captured, words
-from peers import PEERS, Unserved, absent, chosen, ours, versions
+from peers import PEERS, UNPAGED, Unserved, absent, chosen, ours, versions
 
 try:
     from tqdm import tqdm
@@ -64,7 +64,7 @@ class Bench:
         source = torch.empty(1 << (16 if self.on_cpu else 30), dtype=torch.uint8, device=self.device)
         target = torch.empty_like(source)
         self.copy, self.copy_bytes = (lambda: target.copy_(source)), 2.0 * source.numel()
-        self.contenders = [ours(None if name == "auto" else name) for name in args.backends]
+        self.contenders = [ours(None if name == "auto" else name) for name in args.backends] + [UNPAGED]
         self.missing = {}
         for peer in PEERS:
             if peer.name in args.peers:
@@ -167,6 +167,7 @@ class Bench:
             "causal": cell.causal,
             "varlen": bool(cell.lengths),
             "tokens": sum(cell.lengths) or cell.batch * cell.seqlen_q,
+            "page_size": cell.page_size,
             "graph": runner.graph,
             "tbs" if is_decode else "tflops": rate and rate * 1e-12,
             "of_ceiling": rate and rate / limit,

@@ -23,12 +23,14 @@ class Cell:
     causal: bool
     lengths: tuple[int, ...] = ()  # varlen: of queries and keys; seqlen is then the longest
     is_quick: bool = False
+    page_size: int = 0  # decode: keys in pages of so many rows, anywhere in a pool; 0: one after the other
 
     def __str__(self) -> str:
         heads = f"{self.nheads}" if self.nheads == self.nheads_k else f"{self.nheads}:{self.nheads_k}"
         rows = f"{self.seqlen}" if self.seqlen_q == self.seqlen else f"{self.seqlen_q} x {self.seqlen}"
         words = f"{self.name} batch {self.batch} heads {heads} seqlen {rows} headdim {self.headdim}"
-        return words + (" causal" if self.causal else "") + (" varlen" if self.lengths else "")
+        words += (" causal" if self.causal else "") + (" varlen" if self.lengths else "")
+        return words + (f" pages of {self.page_size}" if self.page_size else "")
 
     @property
     def flops(self) -> float:
@@ -81,6 +83,11 @@ DECODE = [
         (16, 16, 1, 8192, 128), (128, 32, 8, 1024, 64), (1, 32, 8, 4096, 128), (4, 32, 8, 2048, 128),
     )
 ]  # fmt: skip
+PAGED = [
+    Cell("decode", batch, heads, heads_k, 1, n, d, False, is_quick=page_size in (16, 64), page_size=page_size)
+    for batch, heads, heads_k, n, d in ((16, 32, 8, 8192, 128), (128, 32, 8, 1024, 64))
+    for page_size in (16, 64, 256)
+]
 SHORT_AND_GQA = [
     Cell(name, batch, heads, heads_k, n, n, d, causal, is_quick=quick)
     for name in PASSES
@@ -90,13 +97,14 @@ SHORT_AND_GQA = [
         (2, 16, 1, 4096, 128, False, False),
     )
 ]  # fmt: skip
-CELLS = [*TABLE, *DECODE, *VARLEN, *SHORT_AND_GQA]
+CELLS = [*TABLE, *DECODE, *PAGED, *VARLEN, *SHORT_AND_GQA]
 
 # For a machine without an accelerator: nothing to be learnt about speed, only whether the program runs.
 TINY = [
     *(Cell(name, 2, 4, 2, 32, 32, 16, True, is_quick=True) for name in PASSES),
     *(_varlen(name, (3, 0, 17, 12), 4, 2, 16, False, True) for name in PASSES),
     Cell("decode", 2, 4, 2, 1, 64, 16, False, is_quick=True),
+    Cell("decode", 2, 4, 2, 1, 64, 16, False, is_quick=True, page_size=16),
 ]
 
 
@@ -117,8 +125,11 @@ class Inputs:
         self.sets = [tuple(normal(*rows_k, cell.nheads_k, cell.headdim) for _ in "kv") for _ in range(many)]
         self.k, self.v = self.sets[0]
         self.dout = torch.randn(self.q.shape, generator=g, device=device, dtype=dtype)
-        self.cu_seqlens = self.used = None
+        self.cu_seqlens = self.used = self.pages = None
         if cell.lengths:
             self.cu_seqlens = torch.tensor([0, *accumulate(cell.lengths)], dtype=torch.int32, device=device)
         if cell.name == "decode":
             self.used = torch.full((cell.batch,), cell.seqlen, dtype=torch.int32, device=device)
+        if cell.page_size:  # the rows of a set are a pool, its pages in any order
+            pages = torch.randperm(cell.batch * cell.seqlen // cell.page_size, generator=g, device=device)
+            self.pages = pages.to(torch.int32).view(cell.batch, -1)

@@ -6,7 +6,6 @@ import contextlib
 import functools
 import importlib
 import importlib.metadata
-import importlib.util
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -34,6 +33,14 @@ class Contender:
 
 
 def _ours(cell: Cell, x: Inputs) -> Callable:
+    if cell.page_size:
+        table = {"cache_seqlens": x.used, "block_table": x.pages}
+
+        def forward(q, k, v):
+            pool = (t.view(-1, cell.page_size, *t.shape[2:]) for t in (k, v))
+            return flash_attn.flash_attn_with_kvcache(q, *pool, **table)
+
+        return forward
     if cell.name == "decode":
         return lambda q, k, v: flash_attn.flash_attn_with_kvcache(q, k, v, cache_seqlens=x.used)
     if cell.lengths:
@@ -47,6 +54,23 @@ def ours(backend: str | None) -> Contender:
     return Contender(f"plus:{backend}" if backend else "plus", _ours, lambda: flash_attn.use_backend(backend))
 
 
+def _rows_in_order(cell: Cell, x: Inputs) -> Callable:
+    """Beside a call on pages, the same on the same rows one after the other: gathered before, which is not timed."""
+    order = {}
+
+    def forward(q, k, v):
+        if k.data_ptr() not in order:
+            order[k.data_ptr()] = [
+                t.view(-1, cell.page_size, *t.shape[2:])[x.pages.long()].view(t.shape) for t in (k, v)
+            ]
+        return flash_attn.flash_attn_with_kvcache(q, *order[k.data_ptr()], cache_seqlens=x.used)
+
+    return forward
+
+
+UNPAGED = Contender("plus_unpaged", _rows_in_order, serves=lambda cell: cell.page_size > 0)
+
+
 def chosen(cell: Cell, x: Inputs) -> str:
     """The backend that the automatic choice takes."""
     q, k, v = (t.detach() for t in (x.q, x.k, x.v))
@@ -54,6 +78,10 @@ def chosen(cell: Cell, x: Inputs) -> str:
     call = flash_attn.explain(q, k, v, *sequences, causal=cell.causal, seqused_k=x.used,
                               backward=cell.name == "backward")  # fmt: skip
     return next((c.backend for c in call.candidates if c.chosen), "")
+
+
+def _is_unpaged(cell: Cell) -> bool:
+    return not cell.page_size
 
 
 # ---- PyTorch's -------------------------------------------------------------------------------------------------------
@@ -146,11 +174,11 @@ def _fa4(cell: Cell, x: Inputs) -> Callable:
 
 
 PEERS = (
-    Contender("torch_fa2", _torch_fa2, lambda: _kernel("FLASH_ATTENTION")),
-    Contender("torch_cudnn", _sdpa, lambda: _kernel("CUDNN_ATTENTION")),
+    Contender("torch_fa2", _torch_fa2, lambda: _kernel("FLASH_ATTENTION"), _is_unpaged),
+    Contender("torch_cudnn", _sdpa, lambda: _kernel("CUDNN_ATTENTION"), _is_unpaged),
     Contender("torch_flex", _flex, serves=_flex_serves),
-    Contender("flaggems", _flag_gems),
-    Contender("fa4", _fa4),
+    Contender("flaggems", _flag_gems, serves=_is_unpaged),
+    Contender("fa4", _fa4, serves=_is_unpaged),
 )
 
 
@@ -158,13 +186,13 @@ def absent(name: str, device: str) -> str:
     """Why a peer cannot run here at all; empty if it may."""
     if device == "cpu" and name != "torch_fa2":  # PyTorch's FlashAttention has a CPU kernel
         return "needs an accelerator"
-    for peer, module in (("flaggems", "flag_gems"), ("fa4", "flash_attn.cute")):
-        if name == peer:
-            try:
-                if importlib.util.find_spec(module) is None:
-                    return f"{module} is not installed"
-            except ImportError as e:
-                return str(e)
+    # By distribution: the module flash_attn.cute is there without flash-attn-4, and ours.
+    distribution = {"flaggems": "flag-gems", "fa4": "flash-attn-4"}.get(name)
+    if distribution:
+        try:
+            importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            return f"{distribution} is not installed"
     return ""
 
 

@@ -37,6 +37,8 @@ def test_measures_and_records(tmp_path):
         assert (rate is None) == (r["error"] is not None)
         if rate:
             assert r["of_ceiling"] == pytest.approx(rate / r["ceiling"]) and rate > 0
+    paged = {r["impl"] for r in records if r["page_size"]}
+    assert paged == {"plus", "plus_unpaged"}
     failed = [r for r in records if r["error"]]
     assert failed and all(r["varlen"] and "grouped heads" in r["error"] for r in failed)
     assert "torch_fa2: PyTorch's packed FlashAttention-2 has no grouped heads" in done.stdout
@@ -46,7 +48,7 @@ def test_stops_when_time_is_up(tmp_path):
     file = tmp_path / "records.json"
     done = run("--seconds", "0", "--json", str(file))
     header, *records = json.loads(file.read_text())
-    assert done.returncode == 1 and not records and len(header["skipped"]) == 5
+    assert done.returncode == 1 and not records and len(header["skipped"]) == 6
     assert "out of time" in done.stdout
 
 
