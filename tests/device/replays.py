@@ -187,12 +187,13 @@ def nothing_waits() -> None:
     inputs = [randn(256, 4, 64, grad=True) for _ in "qkv"]
     cu = torch.tensor([0, 100, 256], dtype=torch.int32, device=DEVICE)
     q, k, v = qkv(2, 1, 4, 64, seqlen_k=256)
+    new_k, new_v = k[:, :1].clone(), v[:, :1].clone()
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(3):
             out = flash_attn.flash_attn_varlen_func(*inputs, cu, cu, 156, 156, 0.1, causal=True)
             torch.autograd.grad(out, inputs, torch.ones_like(out))
-            flash_attn.flash_attn_with_kvcache(q, k, v, k[:, :1], v[:, :1], cache_seqlens=100, causal=True)
+            flash_attn.flash_attn_with_kvcache(q, k, v, new_k, new_v, cache_seqlens=100, causal=True)
         check("nothing waits for the device", True)
     except RuntimeError as e:
         check("nothing waits for the device", False, str(e))

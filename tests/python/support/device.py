@@ -83,7 +83,7 @@ def on_device(function, writes: tuple[str, ...] = ()):
         there = {name: moved(x, DEVICE) for name, x in given.items()}
         results = _returned(function(*(there[n] for n in names), **{n: there[n] for n in kwargs}))
         with torch.no_grad():
-            for name in writes:
+            for name in [n for n in writes if n in given]:
                 given[name].copy_(there[name])
         return results
 
