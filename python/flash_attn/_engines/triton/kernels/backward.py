@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from .dropout import kept, kept_one, seed_of
-from .forward import any_nan
+from .forward import any_nan, never
 from .gradients import probabilities, row_statistics, score_gradients
 from .mask import is_near, key_tiles, row_interval, row_tiles, tile_at, tile_count
 from .sequences import clear_rows, is_outside, key_rows, load_tile, query_rows, tile_and_head, tile_offsets
@@ -198,6 +198,12 @@ def dkdv_kernel(
         if again:
             PIECE: tl.constexpr = COLS if COLS < 64 else 64
             PIECE_V: tl.constexpr = COLS_V if COLS_V < 64 else 64
+            hidden = never(nheads)
+            b_k = k_batch + hidden
+            k_at = k + (b_k.to(tl.int64) * k_b + head_k.to(tl.int64) * k_h) * UNIT
+            v_at = v + (b_k.to(tl.int64) * v_b + head_k.to(tl.int64) * v_h) * UNIT
+            j = n + hidden + tl.arange(0, KEYS)
+            known = j < count
             careful = tl.minimum(end, seqlen_q) - start
             for c in range(0, tl.maximum(headdim, headdim_v), 64):
                 if WHICH != 2:
@@ -356,7 +362,13 @@ def dq_kernel(
         if any_nan(acc):
             PIECE: tl.constexpr = COLS if COLS < 64 else 64
             PIECE_V: tl.constexpr = COLS_V if COLS_V < 64 else 64
+            hidden = never(nheads)
+            i = m + hidden + tl.arange(0, ROWS)
             valid = i < seqlen_q
+            b_q = q_batch + hidden
+            q_at = q + (b_q.to(tl.int64) * q_b + h.to(tl.int64) * q_h) * UNIT
+            do_at = dout + (b_q.to(tl.int64) * do_b + h.to(tl.int64) * do_h) * UNIT
+            known = i < rows
             for c in range(0, headdim, PIECE):
                 part = tl.zeros((ROWS, PIECE), tl.float32)
                 for n in range(start, tl.minimum(end, count)):
