@@ -101,6 +101,10 @@ def single_features(m: Maker):
     yield "packed, wild", (q, k, v), {
         "cu_seqlens_q": ints([0, 7, 30, 34]), "cu_seqlens_k": ints([2, 20, 50, 50]), "sink": randn(4), "causal": True,
     }  # fmt: skip
+    lengths = [(0, 1, 3)[i % 3] for i in range(140)]
+    lengths[77] = 150
+    x, cu_many = m.packed(lengths, lengths, h=2, hk=1, d=16)
+    yield "packed, one long of many", x, {**{name: x + 2 for name, x in cu_many.items()}, "causal": True}
     yield "packed q", (q, *qkv(b=3)[1:]), {"cu_seqlens_q": cu["cu_seqlens_q"], "window": (20, 2)}
     yield "packed k", (qkv(b=3)[0], k, v), {"cu_seqlens_k": cu["cu_seqlens_k"], "causal": True}
     yield "used", qkv(), {"seqused_q": ints([33, 7]), "seqused_k": ints([0, 41]), "causal": True}
@@ -124,6 +128,11 @@ def cache_features(m: Maker):
     yield "pages, left padding", x, {**table, "leftpad_k": ints([9, 5, 0])}
     cu = {"cu_seqlens_q": ints([0, 3, 4, 9])}
     yield "pages, packed q", (randn(11, 4, 32), *x[1:]), {**table, **cu, "causal": True, "sink": randn(4)}
+    few = [(0, 1, 2)[i % 3] for i in range(12)] + [9]
+    keys, few_pages = m.paged(lengths=[30] * 13, page=16)
+    yield "pages, packed q, one long", (randn(sum(few), 8, 32), *keys[1:]), {
+        **few_pages, "cu_seqlens_q": ints([0, *torch.tensor(few).cumsum(0).tolist()]), "causal": True,
+    }  # fmt: skip
     lengths = {"cu_seqlens_k": ints([0, 37, 42, 42])}
     yield "pages, packed lengths", x, {"block_table": table["block_table"], **lengths, "causal": True}
     many, pages = m.paged(lengths=(900, 300), page=16, sq=2, h=6, hk=2)

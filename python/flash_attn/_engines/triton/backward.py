@@ -13,6 +13,7 @@ from flash_attn._engines.triton.forward import (
     precision,
     presence,
     signed,
+    slots_for,
     strides,
     widths,
     window,
@@ -141,6 +142,15 @@ def prepare(p, t, optional, tensors, addresses, device, version) -> tuple:
     def constants_of(tile):
         return tile.rows, tile.keys, columns, columns_v, even, unit, wide, mask
 
+    def grid_of(is_packed, rows, longest, heads, size, streamed, group):
+        """-> tiles, heads that are taken together, (programs, slots) of a packed call, programs in all."""
+        tiles = -(-(longest if is_packed else rows) // size)
+        slots = slots_for(rows, p.batch, tiles, size) if is_packed else 0
+        programs = (slots or p.batch * tiles) * heads
+        block = block_of(heads if slots else p.batch * heads, streamed, group)
+        more = -(-rows // size) if is_packed else 0
+        return tiles, block, (programs, slots) if is_packed else (None, None), programs + more
+
     def block_of(heads, rows, group):
         """Heads whose streamed tensors stay in the cache together: only under a mask, as in the forward."""
         if not mask:
@@ -149,28 +159,26 @@ def prepare(p, t, optional, tensors, addresses, device, version) -> tuple:
         return max(1, min(heads, device.cache // 2 // size * group or 1))
 
     choice, tile = tile_of("dq")
-    heads, tiles = p.batch * p.nheads, -(-(p.max_seqlen_q if packed_q else p.rows_q) // tile.rows)
-    programs = heads * tiles
+    tiles, block, packed, grid = grid_of(
+        packed_q, p.rows_q, p.max_seqlen_q, p.nheads, tile.rows, p.max_seqlen_k, p.group
+    )
     numbers = (
         *q[:3], *k[:3], *v[:3], *out[:3], *dout[:3], *dq[:3], lse_b, lse_h, dlse_b, dlse_h,
         q[3], k[3], v[3], out[3], dout[3], dq[3], lse_r, dlse_r,
-        heads, p.nheads, p.group, tiles, block_of(heads, p.max_seqlen_k, p.group), *sizes,
-        programs if packed_q else None, *tail,
+        p.batch * p.nheads, p.nheads, p.group, tiles, block, *sizes, *packed, *tail,
     )  # fmt: skip
-    grid = programs + (-(-p.rows_q // tile.rows) if packed_q else 0)
     dq_call = Call(grid, numbers, (*constants_of(tile), exact, 4 - 2 * tile.loops), key, aligned, tile[2:4], choice)
 
     dkdv_calls = []
     for which, name in ((1, "dk"), (2, "dv")) if widest >= 256 and itemsize == 2 else ((0, "dkdv"),):
         choice, tile = tile_of(name)
-        heads, tiles = p.batch * p.nheads_k, -(-(p.max_seqlen_k if packed_k else p.rows_k) // tile.keys)
-        programs = heads * tiles
+        tiles, block, packed, grid = grid_of(
+            packed_k, p.rows_k, p.max_seqlen_k, p.nheads_k, tile.keys, p.max_seqlen_q * p.group, 1
+        )
         numbers = (
             *q[:3], *k[:3], *v[:3], *dout[:3], *dk[:3], *dv[:3], q[3], k[3], v[3], dout[3], dk[3], dv[3],
-            heads, p.nheads, p.group, tiles, block_of(heads, p.max_seqlen_q * p.group, 1), *sizes,
-            programs if packed_k else None, *tail,
+            p.batch * p.nheads_k, p.nheads, p.group, tiles, block, *sizes, *packed, *tail,
         )  # fmt: skip
-        grid = programs + (-(-p.rows_k // tile.keys) if packed_k else 0)
         constants = (*constants_of(tile), exact, 4 - 2 * tile.loops, which)
         dkdv_calls.append(Call(grid, numbers, constants, key, aligned, tile[2:4], choice))
 

@@ -92,10 +92,19 @@ def presence(tensors) -> int:
     return bits
 
 
+def slots_for(rows: int, batch: int, tiles: int, size: int) -> int:
+    """Room for tiles of `size` of packed rows, of whose sequences the longest has `tiles`; 0 where as many tiles for
+    each of them are no more. See place_of in kernels/sequences.py."""
+    slots = rows // size + batch
+    return slots if slots < batch * tiles else 0
+
+
 class Plan:
     """How a Problem is computed: a pure function of it and the device."""
 
-    __slots__ = ("block", "choice", "columns", "columns_v", "heads", "pack", "parts", "tile", "tiles")
+    __slots__ = (
+        "block", "choice", "columns", "columns_v", "heads", "pack", "parts", "programs", "slots", "tile", "tiles",
+    )  # fmt: skip
 
     def __init__(self, p, device, version):
         itemsize = 4 if p.dtype == "float32" else 2
@@ -121,8 +130,13 @@ class Plan:
         )
         self.tile = configs.tile_for(*self.choice)
         self.tiles = -(-rows // self.tile.rows)
-        self.heads = p.batch * (p.nheads_k if self.pack else p.nheads)
-        programs = self.tiles * self.heads
+        heads = p.nheads_k if self.pack else p.nheads
+        self.heads = p.batch * heads
+        self.slots = 0
+        if p.batch_q != p.batch:  # packed
+            all_rows = p.rows_q * (p.group if self.pack else 1)
+            self.slots = slots_for(all_rows, p.batch, self.tiles, self.tile.rows)
+        self.programs = programs = (self.slots or p.batch * self.tiles) * heads
         self.parts = 1
         # Long prefixes only: sequences that attend to themselves have one form, whatever their length.
         long = p.max_seqlen_k >= max(256, 4 * p.max_seqlen_q)
@@ -139,7 +153,7 @@ class Plan:
         if masked:
             group = 1 if self.pack else p.group
             self.block = max(1, min(self.heads, device.cache // 2 // keys)) * group
-            self.block = min(self.block, max(self.heads, 1))
+            self.block = min(self.block, max(heads if self.slots else self.heads, 1))
 
 
 _calls = Calls()
@@ -213,7 +227,7 @@ def prepare(p, t, optional, device, version) -> tuple[Call | None, Call, int, Ca
     tile = plan.tile
     packed_q = t.cu_seqlens_q is not None
     packed_k = t.cu_seqlens_k is not None and not p.page_size
-    programs = plan.tiles * plan.heads * plan.parts
+    programs = plan.programs * plan.parts
     grid = programs + (-(-p.rows_q // tile.rows) if packed_q else 0)
 
     q, k, v, out, lse = t.q, t.k, t.v, t.out, t.lse
@@ -272,8 +286,8 @@ def prepare(p, t, optional, device, version) -> tuple[Call | None, Call, int, Ca
         plan.heads, p.nheads, p.group, plan.tiles, plan.block, p.rows_q, p.rows_k, p.seqlen_k,
         p.headdim // unit, p.headdim_v // unit, p.batch_k, used, *new, p.page_size or None,
         t.block_table.stride(0) if paged else None, left, right, chunk, plan.parts if split else None,
-        programs if packed_q else None, *alibi, *bias, sink_h, *rotary, threshold, seed, offset,
-        factor, scale, p.softcap or None, p.drop_scale if threshold else None, p.empty_lse,
+        *((programs, plan.slots) if packed_q else (None, None)), *alibi, *bias, sink_h, *rotary,
+        threshold, seed, offset, factor, scale, p.softcap or None, p.drop_scale if threshold else None, p.empty_lse,
     )  # fmt: skip
     call = Call(grid, numbers, constants, key, aligned, tile[2:4], plan.choice)
     if not split:

@@ -17,7 +17,7 @@ from .dropout import kept, kept_one, seed_of
 from .forward import any_nan, never
 from .gradients import probabilities, row_statistics, score_gradients
 from .mask import is_near, key_tiles, row_interval, row_tiles, tile_at, tile_count
-from .sequences import clear_rows, is_outside, key_rows, load_tile, query_rows, tile_and_head, tile_offsets
+from .sequences import clear_rows, is_outside, key_rows, load_tile, place_of, query_rows, tile_offsets
 
 
 @triton.jit
@@ -89,7 +89,7 @@ def dkdv_kernel(
     do_b: "i64", do_r: "i64", do_h: "i64", dk_b: "i64", dk_r: "i64", dk_h: "i64", dv_b: "i64", dv_r: "i64", dv_h: "i64",
     q_c, k_c, v_c, do_c, dk_c, dv_c,
     heads, nheads, group, tiles, block, rows_q, rows_k, seqlen_k, headdim, headdim_v, used, left, right, chunk,
-    programs, alibi_b, alibi_h, bias_b, bias_h, bias_r, bias_c, bias_rows, bias_keys, threshold,
+    programs, slots, alibi_b, alibi_h, bias_b, bias_h, bias_r, bias_c, bias_rows, bias_keys, threshold,
     seed: "i64", offset: "i64", factor: "fp32", scale: "fp32", softcap, drop_scale,
     ROWS: tl.constexpr, KEYS: tl.constexpr, COLS: tl.constexpr, COLS_V: tl.constexpr, EVEN: tl.constexpr,
     UNIT: tl.constexpr, WIDE: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
@@ -113,14 +113,12 @@ def dkdv_kernel(
                 if WHICH != 1:
                     clear_rows(dv, row, outside, nheads_k, dv_r * UNIT, dv_h * UNIT, dv_c, headdim_v, KEYS, COLS_V)
             return
-    tile, head = tile_and_head(pid, tiles, block, heads, False)
-    b = head // nheads_k
-    head_k = head % nheads_k
+    tile, b, head_k = place_of(pid, tiles, block, heads, nheads_k, slots, cu_k, rows_k, 1, KEYS, False)
     k_batch, k_first, count = key_rows(
         b, cu_k, used_k, leftpad, None, None, rows_k, 1, seqlen_k, used, None, None, None, False
     )
     n = tile * KEYS
-    if n >= count:
+    if (tile < 0) | (n >= count):
         return
     q_batch, q_first, rows, seqlen_q = query_rows(b, cu_q, used_q, rows_q)
 
@@ -263,7 +261,7 @@ def dq_kernel(
     o_b: "i64", o_r: "i64", o_h: "i64", do_b: "i64", do_r: "i64", do_h: "i64", dq_b: "i64", dq_r: "i64", dq_h: "i64",
     lse_b: "i64", lse_h: "i64", dlse_b: "i64", dlse_h: "i64", q_c, k_c, v_c, o_c, do_c, dq_c, lse_r, dlse_r,
     heads, nheads, group, tiles, block, rows_q, rows_k, seqlen_k, headdim, headdim_v, used, left, right, chunk,
-    programs, alibi_b, alibi_h, bias_b, bias_h, bias_r, bias_c, bias_rows, bias_keys, threshold,
+    programs, slots, alibi_b, alibi_h, bias_b, bias_h, bias_r, bias_c, bias_rows, bias_keys, threshold,
     seed: "i64", offset: "i64", factor: "fp32", scale: "fp32", softcap, drop_scale,
     ROWS: tl.constexpr, KEYS: tl.constexpr, COLS: tl.constexpr, COLS_V: tl.constexpr, EVEN: tl.constexpr,
     UNIT: tl.constexpr, WIDE: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
@@ -283,13 +281,11 @@ def dq_kernel(
                     at = lse2 + (rows_q * (q_b * 0 + h)) + row
                     tl.store(at, tl.full((ROWS,), float("inf"), tl.float32), mask=outside)
             return
-    tile, head = tile_and_head(pid, tiles, block, heads, True)
-    b = head // nheads
-    h = head % nheads
+    tile, b, h = place_of(pid, tiles, block, heads, nheads, slots, cu_q, rows_q, 1, ROWS, True)
     head_k = h // group
     q_batch, q_first, rows, seqlen_q = query_rows(b, cu_q, used_q, rows_q)
     m = tile * ROWS
-    if m >= rows:
+    if (tile < 0) | (m >= rows):
         return
     k_batch, k_first, count = key_rows(
         b, cu_k, used_k, leftpad, None, None, rows_k, 1, seqlen_k, used, None, None, None, False

@@ -15,7 +15,16 @@ from .dropout import kept, kept_one, seed_of
 from .mask import key_tiles, row_interval, tile_at, tile_count
 from .rotary import first_position, rotate
 from .scores import LOG2E, natural_scores
-from .sequences import clamp, clear_rows, is_outside, key_rows, load_tile, query_rows, tile_and_head
+from .sequences import (
+    clamp,
+    clear_rows,
+    is_outside,
+    key_rows,
+    load_tile,
+    pages_at,
+    place_of,
+    query_rows,
+)  # fmt: skip
 
 
 @triton.jit
@@ -75,7 +84,7 @@ def forward_kernel(
     v_b: "i64", v_r: "i64", v_h: "i64", o_b: "i64", o_r: "i64", o_h: "i64", lse_b: "i64", lse_h: "i64",
     q_c, k_c, v_c, o_c, lse_r,
     heads, nheads, group, tiles, block, rows_q, rows_k, seqlen_k, headdim, headdim_v,
-    batch_k, used, seqlen_new, rows_new, max_new, page_size, pages_b, left, right, chunk, splits, programs,
+    batch_k, used, seqlen_new, rows_new, max_new, page_size, pages_b, left, right, chunk, splits, programs, slots,
     alibi_b, alibi_h, bias_b, bias_h, bias_r, bias_c, bias_rows, bias_keys, sink_h,
     cos_r, cos_c, sin_r, sin_c, rows_cos, pairs, advance, threshold, seed: "i64", offset: "i64",
     factor: "fp32", scale: "fp32", softcap, drop_scale, empty_lse: "fp32",
@@ -88,7 +97,7 @@ def forward_kernel(
 
     factor: of raw scores in base 2, > 0. scale: of raw scores in the natural base; with softcap, ALiBi or bias, of q.k.
     FIRST: 0, a loop over the interior and one over the edges; 2, one loop over all tiles.
-    programs: of the grid, but for those that fill rows of no sequence.
+    programs: of the grid, but for those that fill rows of no sequence. slots: see place_of.
     """
     headdim *= UNIT
     headdim_v *= UNIT
@@ -119,28 +128,24 @@ def forward_kernel(
     if SPLIT:
         part = pid % splits
         pid = pid // splits
-    tile, head = tile_and_head(pid, tiles, block, heads, True)
-    if PACK:
-        b = head // (nheads // group)
-        head_k = head % (nheads // group)
-    else:
-        b = head // nheads
-        head_k = head % nheads // group
+    packed = group if PACK else 1
+    tile, b, head = place_of(pid, tiles, block, heads, nheads // packed, slots, cu_q, rows_q, packed, ROWS, True)
+    head_k = head if PACK else head // group
 
     q_batch, q_first, rows, seqlen_q = query_rows(b, cu_q, used_q, rows_q)
     r = tile * ROWS + rows_of
     if PACK:
-        if tile * ROWS >= rows * group:
+        if (tile < 0) | (tile * ROWS >= rows * group):
             return
         i = r // group
         h = head_k * group + r % group
         i_first = tile * ROWS // group
         i_last = (tile * ROWS + ROWS - 1) // group
     else:
-        if tile * ROWS >= rows:
+        if (tile < 0) | (tile * ROWS >= rows):
             return
         i = r
-        h = rows_of * 0 + head % nheads
+        h = rows_of * 0 + head
         i_first = tile * ROWS
         i_last = tile * ROWS + ROWS - 1
     k_batch, k_first, count = key_rows(
@@ -154,7 +159,7 @@ def forward_kernel(
     if PACK:
         q_at += head_k.to(tl.int64) * group * q_h * UNIT
     else:
-        q_at += (head % nheads).to(tl.int64) * q_h * UNIT
+        q_at += head.to(tl.int64) * q_h * UNIT
     along = query_offsets(r, tile * ROWS, group, q_r, q_h, PACK, UNIT)
     at = i
     if cos is not None:
@@ -203,9 +208,14 @@ def forward_kernel(
     l = tl.zeros((ROWS,), tl.float32)
     acc = tl.zeros((ROWS, COLS_V), tl.float32)
     for EDGE in tl.static_range(FIRST, FIRST // 2 + 2):
+        ahead = pages_at(table, tile_at(0, start, full, stop, KEYS, EDGE), k_first, count, page_size, KEYS, PAGED)
         for index in tl.range(0, tile_count(start, full, stop, end, KEYS, EDGE)):
             n = tile_at(index, start, full, stop, KEYS, EDGE)
-            keys = load_tile(k_at, n, k_first, count, table, page_size, batch_k, k_b, k_r, k_c, headdim,
+            here = ahead
+            ahead = pages_at(
+                table, tile_at(index + 1, start, full, stop, KEYS, EDGE), k_first, count, page_size, KEYS, PAGED
+            )
+            keys = load_tile(k_at, n, k_first, count, here, page_size, batch_k, k_b, k_r, k_c, headdim,
                              KEYS, COLS, EVEN, EDGE > 0, PAGED, UNIT, WIDE)  # fmt: skip
             s = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
             j = n + tl.arange(0, KEYS)[None, :]
@@ -228,7 +238,7 @@ def forward_kernel(
             acc = acc * shrink[:, None]
             if threshold is not None:
                 p = tl.where(kept(i, n, plane, k0, k1, last, threshold, ROWS, KEYS), p, 0.0)
-            values = load_tile(v_at, n, k_first, count, table, page_size, batch_k, v_b, v_r, v_c, headdim_v,
+            values = load_tile(v_at, n, k_first, count, here, page_size, batch_k, v_b, v_r, v_c, headdim_v,
                                KEYS, COLS_V, EVEN, EDGE > 0, PAGED, UNIT, WIDE)  # fmt: skip
             acc = tl.dot(p.to(values.dtype), values, acc, input_precision=PRECISION)
             m = m_new
@@ -247,9 +257,10 @@ def forward_kernel(
                     q_at + along[:, None], valid, at, headdim + hidden, q_c, cos, sin, cos_r, cos_c, sin_r, sin_c,
                     rows_cos, pairs, COLS, EVEN, INTERLEAVED, SIGN,
                 )  # fmt: skip
-                keys = load_tile(k_at, n, k_first, count, table, page_size, batch_k, k_b, k_r, k_c, headdim,
+                here = pages_at(table, n, k_first, count, page_size, 1, PAGED)
+                keys = load_tile(k_at, n, k_first, count, here, page_size, batch_k, k_b, k_r, k_c, headdim,
                                  1, COLS, EVEN, True, PAGED, UNIT, WIDE)  # fmt: skip
-                values = load_tile(v_at, n, k_first, count, table, page_size, batch_k, v_b, v_r, v_c, headdim_v,
+                values = load_tile(v_at, n, k_first, count, here, page_size, batch_k, v_b, v_r, v_c, headdim_v,
                                    1, COLS_V, EVEN, True, PAGED, UNIT, WIDE)  # fmt: skip
                 s = tl.sum(queries.to(tl.float32) * keys.to(tl.float32), 1)[:, None]
                 j = n + tl.zeros((1, 1), tl.int32)

@@ -97,31 +97,42 @@ def tile_offsets(rows, cols, stride_row, stride_col, UNIT: tl.constexpr, WIDE: t
 
 
 @triton.jit
+def pages_at(table, n, first, count, page_size, KEYS: tl.constexpr, PAGED: tl.constexpr):
+    """What the table says of keys n + [0, KEYS), to be clamped; 0 past the last key. PAGED 2: a page holds whole tiles,
+    and is looked up once. PAGED 1: pages of any size, looked up key by key."""
+    if PAGED == 2:
+        return tl.load(table + (first + n) // page_size, mask=n < count, other=0)
+    elif PAGED == 1:
+        keys = n + tl.arange(0, KEYS)
+        return tl.load(table + (first + keys) // page_size, mask=keys < count, other=0)
+    else:
+        return n  # a number, for nobody
+
+
+@triton.jit
 def load_tile(
-    base, n, first, count, table, page_size, batch_k, stride_batch, stride_row, stride_col, size,
+    base, n, first, count, pages, page_size, batch_k, stride_batch, stride_row, stride_col, size,
     KEYS: tl.constexpr, COLS: tl.constexpr, EVEN: tl.constexpr, EDGE: tl.constexpr, PAGED: tl.constexpr,
     UNIT: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Keys (or values) n + [0, KEYS) of a sequence, (KEYS, COLS); zeros past its `count` keys and its `size` columns.
 
-    PAGED 2: a page holds whole tiles, and is looked up once. PAGED 1: pages of any size, looked up key by key.
+    pages: of pages_at. Looked up a tile ahead in loops: the way from the table to the keys is as long as that from the
+    keys to the product.
     """
     keys = tl.arange(0, KEYS)
     cols = tl.arange(0, COLS)
     if PAGED == 1:
-        t = first + n + keys
-        known = n + keys < count
-        page = clamp(tl.load(table + t // page_size, mask=known, other=0), 0, batch_k - 1)
-        along = page.to(tl.int64) * stride_batch + (t % page_size).to(tl.int64) * stride_row
+        page = clamp(pages, 0, batch_k - 1)
+        along = page.to(tl.int64) * stride_batch + ((first + n + keys) % page_size).to(tl.int64) * stride_row
         where = base + along[:, None] * UNIT
         if stride_col is None:
             where += cols[None, :]
         else:
             where += cols.to(tl.int64)[None, :] * stride_col
     elif PAGED == 2:
-        t = first + n
-        page = page_of(table, t, page_size, batch_k).to(tl.int64)
-        start = (page * stride_batch + (t % page_size).to(tl.int64) * stride_row) * UNIT
+        page = clamp(pages, 0, batch_k - 1).to(tl.int64)
+        start = (page * stride_batch + ((first + n) % page_size).to(tl.int64) * stride_row) * UNIT
         where = base + start + tile_offsets(keys, cols, stride_row, stride_col, UNIT, WIDE)
     else:
         start = (first + n).to(tl.int64) * stride_row * UNIT
@@ -169,3 +180,47 @@ def tile_and_head(pid, tiles, block, heads, LAST_FIRST: tl.constexpr):
     if LAST_FIRST:
         tile = tiles - 1 - tile
     return tile, which * block + rest % width
+
+
+@triton.jit
+def first_slot(cu, b, known, rows, group, TILE: tl.constexpr):
+    """Sequence b's first slot for a tile. It has one slot more than whole tiles fit in its rows: enough wherever it
+    begins, since floor(y / TILE) - floor(x / TILE) + 1 >= (y - x) / TILE."""
+    row = clamp(tl.load(cu + b, mask=known, other=0), 0, rows)
+    return (row.to(tl.int64) * group // TILE).to(tl.int32) + b
+
+
+@triton.jit
+def sequence_of(slot, cu, sequences, rows, group, TILE: tl.constexpr):
+    """-> the last sequence whose first slot is at or before `slot`, and which of its tiles (none, if < 0 or past
+    its last row). By halves, then 128 at once: up to 128 sequences this is one load."""
+    low = slot * 0
+    high = low + sequences
+    while high - low > 128:
+        middle = (low + high) // 2
+        is_before = first_slot(cu, middle, True, rows, group, TILE) <= slot
+        low = tl.where(is_before, middle, low)
+        high = tl.where(is_before, high, middle)
+    b = low + tl.arange(0, 128)
+    is_before = (b < high) & (first_slot(cu, b, b < high, rows, group, TILE) <= slot)
+    found = low + tl.maximum(tl.sum(is_before.to(tl.int32), 0) - 1, 0)
+    return found, slot - first_slot(cu, found, True, rows, group, TILE)
+
+
+@triton.jit
+def place_of(pid, tiles, block, heads, heads_of, slots, cu, rows, group, TILE: tl.constexpr, LAST_FIRST: tl.constexpr):
+    """-> tile, sequence, and head of the sequence's `heads_of`. `heads` of all sequences have `tiles` each; but with
+    slots > 0, which packed rows of unequal sequences have, tiles are where sequences leave room for them: the longest
+    one makes no empty programs for the others."""
+    if slots is None:
+        tile, head = tile_and_head(pid, tiles, block, heads, LAST_FIRST)
+        return tile, head // heads_of, head % heads_of
+    else:
+        if slots > 0:
+            slot, h = tile_and_head(pid, slots, block, heads_of, LAST_FIRST)
+            b, tile = sequence_of(slot, cu, heads // heads_of, rows, group, TILE)
+        else:
+            tile, head = tile_and_head(pid, tiles, block, heads, LAST_FIRST)
+            b = head // heads_of
+            h = head % heads_of
+        return tile, b, h
