@@ -3,9 +3,10 @@
 python -m flash_attn.tune [--pass P ...] [--headdim D ...] [--dtype T] [--seconds S] [--jobs N] [--out FILE]
 
 A tile is (rows, keys, warps, stages, loops), chosen per pass, headdim and whether there is a mask. Each kernel is timed
-alone, on 16384 tokens of hidden size 2048 (few_rows: 16 sequences of 8192 keys), and the tile with the least geometric
-mean of time over the lengths wins. The file goes to FLASH_ATTENTION_TILES or ~/.config/flash_attn/tiles; entries that
-were not measured stay. `flash_attn.explain` names the file that tiles come from.
+alone, on 16384 tokens of hidden size 2048 (few_rows: on a query of each of 128 sequences of 2048 keys; few_programs: of
+16 of 8192), and the tile with the least geometric mean of time over the lengths wins. The file goes to
+FLASH_ATTENTION_TILES or ~/.config/flash_attn/tiles; entries that were not measured stay. `flash_attn.explain` names the
+file that tiles come from.
 """
 
 from __future__ import annotations
@@ -26,13 +27,15 @@ import torch
 
 LENGTHS = (512, 2048, 8192)
 TOKENS, HIDDEN = 16384, 2048
-DECODE = (16, 32, 8, 8192)  # batch, nheads, nheads_k, seqlen_k
+# batch, nheads, nheads_k, seqlen_k: more programs than processors, and fewer; then the same of few keys
+DECODE = {"few_rows": (128, 32, 8, 2048), "few_programs": (16, 32, 8, 8192)}
+DECODE_SMALL = {"few_rows": (64, 32, 8, 256), "few_programs": (1, 32, 8, 256)}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-PASSES = ("forward", "dq", "dkdv", "dk", "dv", "few_rows")
-FORWARD_PASSES = ("forward", "few_rows")
+PASSES = ("forward", "dq", "dkdv", "dk", "dv", *DECODE)
+FORWARD_PASSES = ("forward", *DECODE)
 KERNELS = {  # and which of its launches
-    "forward": ("forward_kernel", 0), "few_rows": ("forward_kernel", 0), "dq": ("dq_kernel", 0),
-    "dkdv": ("dkdv_kernel", 0), "dk": ("dkdv_kernel", 0), "dv": ("dkdv_kernel", 1),
+    **dict.fromkeys(FORWARD_PASSES, ("forward_kernel", 0)), "dq": ("dq_kernel", 0), "dkdv": ("dkdv_kernel", 0),
+    "dk": ("dkdv_kernel", 0), "dv": ("dkdv_kernel", 1),
 }  # fmt: skip
 
 
@@ -48,15 +51,15 @@ def tiles_of(which: str, columns: int, shared: int) -> list:
 
     rows, keys = {
         "forward": ((64, 128), (32, 64, 128)),
-        "few_rows": ((16,), (32, 64, 128)),
+        **dict.fromkeys(DECODE, ((16,), (32, 64, 128))),
         "dq": ((64, 128), (32, 64, 128)),
     }.get(which, ((32, 64, 128), (64, 128)))
-    loops = (2,) if which == "few_rows" else (1, 2)
+    loops = (2,) if which in DECODE else (1, 2)
     tiles = []
     for tile in itertools.starmap(Tile, itertools.product(rows, keys, (2, 4, 8), (1, 2, 3, 4), loops)):
         accumulated = {"dkdv": 2 * tile.keys, "dk": tile.keys, "dv": tile.keys}.get(which, tile.rows) * columns
         registers = (accumulated + 2 * tile.rows * tile.keys) / (32 * tile.warps)
-        small = tile.warps == 2 and which != "few_rows"
+        small = tile.warps == 2 and which not in DECODE
         if not small and registers <= 288 and bytes_of(which, tile, columns, 2) <= shared * 1.1:
             tiles.append(tile)
     return tiles
@@ -96,8 +99,8 @@ def recorded():
 
 
 def inputs(which: str, headdim: int, length: int, dtype, device: str) -> list:
-    if which == "few_rows":
-        batch, nheads, nheads_k, length = DECODE if length else (1, 32, 8, 256)
+    if which in DECODE:
+        batch, nheads, nheads_k, length = (DECODE if length else DECODE_SMALL)[which]
         shapes = [(batch, 1, nheads, headdim)] + [(batch, length, nheads_k, headdim)] * 2
     else:
         batch, length = (max(1, TOKENS // length), length) if length else (1, 256)
@@ -146,7 +149,7 @@ def seconds_of(call, device: str, least: float = 2e-3) -> float:
 
 def measure(which, headdim, masked, tiles, dtype, device) -> list[tuple[float, object]]:
     """-> (geometric mean of seconds, tile), the best first."""
-    lengths = (1,) if which == "few_rows" else LENGTHS
+    lengths = (1,) if which in DECODE else LENGTHS
     logs = dict.fromkeys(tiles, 0.0)
     for length in lengths:
         tensors = inputs(which, headdim, length, dtype, device)
@@ -201,7 +204,7 @@ def main(argv: list[str] | None = None) -> int:
     with concurrent.futures.ProcessPoolExecutor(max(1, args.jobs), spawn) as pool:
         for headdim, masked in itertools.product(args.headdim, (False, True)):
             for which in passes_of(headdim, args.passes):
-                if time.perf_counter() - begin > args.seconds or (which == "few_rows" and masked):
+                if time.perf_counter() - begin > args.seconds or (which in DECODE and masked):
                     continue
                 tiles = tiles_of(which, headdim, device.shared)
                 words = f"{which}, headdim {headdim}{', masked' if masked else ''}"
@@ -215,9 +218,10 @@ def main(argv: list[str] | None = None) -> int:
                 for seconds, tile in ranked[:4]:
                     print(f"  {seconds * 1e6:8.1f} us  {tuple(tile)}", flush=True)
                 entry = {"pass": which, "columns": headdim, "masked": masked, **ranked[0][1]._asdict()}
-                lengths = "8192 keys" if which == "few_rows" else f"seqlen {', '.join(map(str, LENGTHS))}"
+                lengths = ", ".join(map(str, LENGTHS))
+                lengths = f"{DECODE[which][3]} keys" if which in DECODE else f"seqlen {lengths}"
                 entry["why"] = f"of {len(tiles)} tiles the least geometric mean of time at {lengths}"
-                if which == "few_rows":
+                if which in DECODE:
                     del entry["masked"]
                 found.append(entry)
                 write(file, merged(found), triton.__version__, args)

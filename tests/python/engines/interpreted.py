@@ -106,6 +106,26 @@ def nan(m, report):
                 expect(report, "dv", dv, clean[3], keys)
 
 
+def nan_in_a_page(m, report):
+    """The same from pages, which the careful pass looks up key by key, as from rows in order."""
+    q, k, v = m.qkv(1, 9, 128, 2, 1, 16)
+    v[0, 125] = float("nan")  # seen by the last three rows
+    p, t = engine_problem.make(q, k, v, causal=True)
+    ENGINE.forward(p, t)
+    for page in (16, 64, 5):
+        order = torch.randperm(-(-128 // page), generator=m.g)
+        pools = []
+        for x in (k, v):
+            rows = torch.nn.functional.pad(x[0], (0, 0, 0, 0, 0, len(order) * page - 128)).unflatten(0, (-1, page))
+            pool = torch.empty_like(rows)
+            pool[order] = rows
+            pools.append(pool)
+        table = {"block_table": order.int()[None], "seqused_k": m.ints([128])}
+        p, paged = engine_problem.make(q, *pools, causal=True, **table)
+        ENGINE.forward(p, paged)
+        expect(report, f"pages of {page}", paged.out[0, :, 0], t.out[0, :, 0], torch.arange(9) >= 6)
+
+
 def run_all(q, k, v, dout, options):
     p, t = engine_problem.make(q, k, v, **options)
     ENGINE.forward(p, t)
@@ -202,6 +222,7 @@ def main(which: str, dtype: str, part: int, parts: int) -> int:
         ran = 1
     elif which == "nan":
         nan(m, reporter("nan"))
+        nan_in_a_page(m, reporter("nan in a page"))
         huge(m, reporter("huge"))
         ran = 1
     else:

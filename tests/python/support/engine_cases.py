@@ -104,7 +104,7 @@ def single_features(m: Maker):
     lengths = [(0, 1, 3)[i % 3] for i in range(140)]
     lengths[77] = 150
     x, cu_many = m.packed(lengths, lengths, h=2, hk=1, d=16)
-    yield "packed, one long of many", x, {**{name: x + 2 for name, x in cu_many.items()}, "causal": True}
+    yield "packed, wild, one long of many", x, {**{name: x + 2 for name, x in cu_many.items()}, "causal": True}
     yield "packed q", (q, *qkv(b=3)[1:]), {"cu_seqlens_q": cu["cu_seqlens_q"], "window": (20, 2)}
     yield "packed k", (qkv(b=3)[0], k, v), {"cu_seqlens_k": cu["cu_seqlens_k"], "causal": True}
     yield "used", qkv(), {"seqused_q": ints([33, 7]), "seqused_k": ints([0, 41]), "causal": True}

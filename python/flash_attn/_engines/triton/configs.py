@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 _FOLDER = Path(__file__).with_name("configs")
+FEW = ("few_rows", "few_programs")  # decode steps; the second: with no more programs than processors
 
 
 class Tile(NamedTuple):
@@ -27,7 +28,7 @@ class Tile(NamedTuple):
 class Choice(NamedTuple):
     """What decides a tile."""
 
-    which: str  # forward, few_rows (a decode step), dq, dkdv, or where headdim is large dk and dv; dbias
+    which: str  # forward, one of FEW, dq, dkdv, or where headdim is large dk and dv; dbias
     arch: str
     version: str  # of Triton
     columns: int  # the larger headdim, rounded up to a power of two
@@ -94,7 +95,7 @@ def _table(arch: str, version: str) -> tuple[dict, str]:
 
 def bytes_of(which: str, tile: Tile, columns: int, itemsize: int) -> int:
     """Shared memory of a tile, from above: what is streamed, once per stage; what stays; one tile of scores."""
-    if which in ("forward", "few_rows"):
+    if which in ("forward", *FEW):
         streamed, stays = 2 * tile.keys, tile.rows
     elif which in ("dkdv", "dk", "dv"):
         streamed, stays = 2 * tile.rows, (1 if which == "dv" else 2) * tile.keys
@@ -111,7 +112,7 @@ def _candidates(choice: Choice) -> list[Tile]:
     if itemsize == 4:  # exact products run on the vector units, and keep whole rows in registers
         tiles = [Tile(64, 32, 4, 1)] if columns <= 64 and which == "forward" else []
         tiles += [Tile(32, 32, 4, 1), Tile(16, 32, 4, 1), Tile(16, 16, 4, 1)]
-    elif which == "few_rows":  # bound by memory: keys in flight are what counts
+    elif which in FEW:  # bound by memory: keys in flight are what counts
         tiles = [Tile(most_rows, 64, 4, 3), Tile(most_rows, 64, 4, 2), Tile(most_rows, 32, 4, 2), *small]
     elif which == "forward":
         tiles = [Tile(128, 64, 8, 2), Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(64, 32, 4, 1), *small]
@@ -121,12 +122,15 @@ def _candidates(choice: Choice) -> list[Tile]:
         tiles = [Tile(32, 64, 4, 2), Tile(32, 64, 4, 1), *small]
     else:
         tiles = [Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(64, 32, 4, 1), Tile(32, 64, 4, 1), *small]
-    if which == "few_rows":
+    if which in FEW:
         tiles = [t._replace(rows=min(t.rows, most_rows)) for t in tiles]
     tiles = [t for t in tiles if bytes_of(which, t, columns, itemsize) <= shared] or [Tile(16, 16, 4, 1)]
-    measured = _table(arch, version)[0].get((which, columns, masked)) if itemsize == 2 else None
+    table = _table(arch, version)[0] if itemsize == 2 else {}
+    measured = table.get((which, columns, masked))
+    if measured is None and which == "few_programs":
+        measured = table.get(("few_rows", columns, masked))
     if measured:
-        tiles.insert(0, measured._replace(rows=most_rows) if which == "few_rows" else measured)
+        tiles.insert(0, measured._replace(rows=most_rows) if which in FEW else measured)
     return tiles
 
 

@@ -18,6 +18,7 @@ APPEND = Kernel(append_kernel, ())
 LOG2E = 1.4426950408889634
 MOST_PARTS = 64  # that keys are split in
 FAR = 1 << 30  # a side of a window without limit
+SHORT = 256  # rows of packed sequences on average, below which the heads of a group share tiles
 
 
 def power_of_two(n: int) -> int:
@@ -99,6 +100,12 @@ def slots_for(rows: int, batch: int, tiles: int, size: int) -> int:
     return slots if slots < batch * tiles else 0
 
 
+def is_one_wave(programs: int, processors: int) -> bool:
+    """Whether programs that split their keys are a processor's only one: not where one part would leave a good half of
+    the processors at work, but not nearly all."""
+    return programs * 2 <= processors or processors * 9 <= programs * 10 <= processors * 10
+
+
 class Plan:
     """How a Problem is computed: a pure function of it and the device."""
 
@@ -113,27 +120,22 @@ class Plan:
         masked = p.window_left >= 0 or p.window_right >= 0 or p.chunk > 0
         # Few rows: those of a whole group of heads share their keys, and are one tile.
         rows = p.rows_q if p.batch_q == p.batch and p.max_seqlen_q < p.rows_q else p.max_seqlen_q
-        self.pack = p.group > 1 and rows * p.group <= 64
-        which, most = "forward", 128
-        if self.pack or rows <= 16:
-            rows = rows * p.group if self.pack else rows
-            which, most = "few_rows", 16 if rows <= 16 else 32 if rows <= 32 else 64
-        self.choice = configs.Choice(
-            which,
-            device.arch,
-            version,
-            widest,
-            masked,
-            itemsize,
-            device.shared,
-            min(most, 32) if itemsize == 4 else most,
-        )
-        self.tile = configs.tile_for(*self.choice)
-        self.tiles = -(-rows // self.tile.rows)
+        packed = p.batch_q != p.batch
+        is_few = rows * p.group <= 64
+        self.pack = p.group > 1 and (is_few or (packed and p.rows_q < SHORT * p.batch))
         heads = p.nheads_k if self.pack else p.nheads
         self.heads = p.batch * heads
+        rows *= p.group if self.pack else 1
+        which, most = "forward", 128
+        if is_few and self.pack or rows <= 16:
+            most = 16 if rows <= 16 else 32 if rows <= 32 else 64
+            which = "few_programs" if is_one_wave(-(-rows // most) * self.heads, device.processors) else "few_rows"
+        most = min(most, 32) if itemsize == 4 and which != "forward" else most
+        self.choice = configs.Choice(which, device.arch, version, widest, masked, itemsize, device.shared, most)
+        self.tile = configs.tile_for(*self.choice)
+        self.tiles = -(-rows // self.tile.rows)
         self.slots = 0
-        if p.batch_q != p.batch:  # packed
+        if packed:
             all_rows = p.rows_q * (p.group if self.pack else 1)
             self.slots = slots_for(all_rows, p.batch, self.tiles, self.tile.rows)
         self.programs = programs = (self.slots or p.batch * self.tiles) * heads
@@ -141,11 +143,9 @@ class Plan:
         # Long prefixes only: sequences that attend to themselves have one form, whatever their length.
         long = p.max_seqlen_k >= max(256, 4 * p.max_seqlen_q)
         if programs and long and programs * 2 <= device.processors * (4 if self.pack else 1):
-            # One wave of programs (of 128 keys at least). Where one part leaves a good half of the processors at work,
-            # but not nearly all, two waves. H200, 16 sequences, 8 key heads: 128 programs read at 1.00 of the copy's
-            # rate, 256 at 0.92.
-            nearly_all = programs * 10 >= device.processors * 9
-            wanted = device.processors * (1 if programs * 2 <= device.processors or nearly_all else 2)
+            # Of 128 keys at least. H200, 16 sequences, 8 key heads: 128 programs read at 1.00 of the copy's rate, 256
+            # at 0.92.
+            wanted = device.processors * (1 if is_one_wave(programs, device.processors) else 2)
             self.parts = max(1, min(wanted // programs, p.max_seqlen_k // 128, MOST_PARTS))
         # Under a mask rows differ in work, and tiles are taken across heads: as many as leave their keys in the cache.
         keys = max(1, p.max_seqlen_k * (p.headdim + p.headdim_v) * itemsize)
@@ -251,9 +251,11 @@ def prepare(p, t, optional, device, version) -> tuple[Call | None, Call, int, Ca
     plain = not p.softcap and t.alibi_slopes is None and t.bias is None
     factor, scale, sign = scaling(p, plain)
     mask, left, right, chunk = window(p)
-    paged = 0
+    paged = 0  # see pages_at in kernels/sequences.py
     if p.page_size:
-        paged = 2 if p.page_size % tile.keys == 0 and t.leftpad_k is None else 1
+        paged = 1
+        if t.leftpad_k is None:
+            paged = 3 if p.page_size % tile.keys == 0 else 2 if tile.keys % p.page_size == 0 else 1
     even = p.headdim == plan.columns and p.headdim_v == plan.columns_v
     split = plan.parts > 1
     bias = bias_arguments(t.bias)

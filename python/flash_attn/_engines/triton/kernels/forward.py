@@ -251,17 +251,18 @@ def forward_kernel(
             acc = tl.zeros((ROWS, COLS_V), tl.float32)
             times = tl.where(tl.abs(m) < limit, factor, power)
             hidden = never(nheads)
+            BY_KEY: tl.constexpr = 1 if PAGED > 0 else 0
             along = query_offsets(r + hidden, tile * ROWS, group, q_r, q_h, PACK, UNIT)
             for n in range(start, tl.minimum(end, count)):
                 queries = load_queries(
                     q_at + along[:, None], valid, at, headdim + hidden, q_c, cos, sin, cos_r, cos_c, sin_r, sin_c,
                     rows_cos, pairs, COLS, EVEN, INTERLEAVED, SIGN,
                 )  # fmt: skip
-                here = pages_at(table, n, k_first, count, page_size, 1, PAGED)
+                here = pages_at(table, n, k_first, count, page_size, 1, BY_KEY)
                 keys = load_tile(k_at, n, k_first, count, here, page_size, batch_k, k_b, k_r, k_c, headdim,
-                                 1, COLS, EVEN, True, PAGED, UNIT, WIDE)  # fmt: skip
+                                 1, COLS, EVEN, True, BY_KEY, UNIT, WIDE)  # fmt: skip
                 values = load_tile(v_at, n, k_first, count, here, page_size, batch_k, v_b, v_r, v_c, headdim_v,
-                                   1, COLS_V, EVEN, True, PAGED, UNIT, WIDE)  # fmt: skip
+                                   1, COLS_V, EVEN, True, BY_KEY, UNIT, WIDE)  # fmt: skip
                 s = tl.sum(queries.to(tl.float32) * keys.to(tl.float32), 1)[:, None]
                 j = n + tl.zeros((1, 1), tl.int32)
                 if not PLAIN:

@@ -98,10 +98,16 @@ def tile_offsets(rows, cols, stride_row, stride_col, UNIT: tl.constexpr, WIDE: t
 
 @triton.jit
 def pages_at(table, n, first, count, page_size, KEYS: tl.constexpr, PAGED: tl.constexpr):
-    """What the table says of keys n + [0, KEYS), to be clamped; 0 past the last key. PAGED 2: a page holds whole tiles,
-    and is looked up once. PAGED 1: pages of any size, looked up key by key."""
-    if PAGED == 2:
+    """What the table says of keys n + [0, KEYS), to be clamped; 0 past the last key.
+
+    PAGED 1: pages of any size, looked up key by key. 2: so too, but a tile holds whole pages, and no division is in
+    the loop. 3: a page holds whole tiles, and is looked up once.
+    """
+    if PAGED == 3:
         return tl.load(table + (first + n) // page_size, mask=n < count, other=0)
+    elif PAGED == 2:
+        keys = tl.arange(0, KEYS)
+        return tl.load(table + n // page_size + keys // page_size, mask=n + keys < count, other=0)
     elif PAGED == 1:
         keys = n + tl.arange(0, KEYS)
         return tl.load(table + (first + keys) // page_size, mask=keys < count, other=0)
@@ -122,15 +128,13 @@ def load_tile(
     """
     keys = tl.arange(0, KEYS)
     cols = tl.arange(0, COLS)
-    if PAGED == 1:
-        page = clamp(pages, 0, batch_k - 1)
-        along = page.to(tl.int64) * stride_batch + ((first + n + keys) % page_size).to(tl.int64) * stride_row
-        where = base + along[:, None] * UNIT
-        if stride_col is None:
-            where += cols[None, :]
+    if PAGED == 1 or PAGED == 2:
+        pages_start = base + (clamp(pages, 0, batch_k - 1).to(tl.int64) * stride_batch * UNIT)[:, None]
+        if PAGED == 1:
+            where = pages_start + tile_offsets((first + n + keys) % page_size, cols, stride_row, stride_col, UNIT, True)
         else:
-            where += cols.to(tl.int64)[None, :] * stride_col
-    elif PAGED == 2:
+            where = pages_start + tile_offsets(keys % page_size, cols, stride_row, stride_col, UNIT, WIDE)
+    elif PAGED == 3:
         page = clamp(pages, 0, batch_k - 1).to(tl.int64)
         start = (page * stride_batch + ((first + n) % page_size).to(tl.int64) * stride_row) * UNIT
         where = base + start + tile_offsets(keys, cols, stride_row, stride_col, UNIT, WIDE)
