@@ -23,6 +23,7 @@
 #include "host_threads.hpp"
 #include "hosted.hpp"
 #include "recordings.hpp"
+#include "row_operations.hpp"
 #include "xla_handlers.hpp"
 
 namespace flash_attn::python {
@@ -267,6 +268,7 @@ NB_MODULE(_C, m) {
   add_errors(m);
   add_hosted(m);
   add_recordings(m);
+  add_row_operations(m);
   m.def("forward", &py_forward, FA_FORWARD, nb::arg("veto") = nb::none(), nb::arg("cache") = false);
   m.def("backward", &py_backward, FA_BACKWARD, nb::arg("veto") = nb::none());
   m.def("explain_forward", &py_explain_forward, FA_FORWARD, nb::arg("veto") = nb::none());

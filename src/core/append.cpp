@@ -1,115 +1,49 @@
-// Rows of new keys, values and queries: copied, or rotated in fp32 (fp64) and rounded once.
+// Rows of new keys, values and queries: copied, or rotated.
 #include "core/append.hpp"
 
 #include <algorithm>
-#include <cstring>
-#include <vector>
-
-#include "core/half.hpp"
 
 namespace flash_attn {
 namespace {
 
 constexpr int64_t kBlockRows = 32;
 
-struct F16 {
-  using Bits = uint16_t;
-  using Real = float;
-  static float load(uint16_t x) { return f16_to_float(x); }
-  static uint16_t round(float x) { return f16_from_float(x); }
-};
-struct Bf16 {
-  using Bits = uint16_t;
-  using Real = float;
-  static float load(uint16_t x) { return bf16_to_float(x); }
-  static uint16_t round(float x) { return bf16_from_float(x); }
-};
-template <class T>
-struct Plain {
-  using Bits = T;
-  using Real = T;
-  static T load(T x) { return x; }
-  static T round(T x) { return x; }
-};
-
-template <class Body>
-void with_type(DType t, const Body& body) {
-  switch (t) {
-    case DType::f16: return body(F16{});
-    case DType::bf16: return body(Bf16{});
-    case DType::f64: return body(Plain<double>{});
-    default: return body(Plain<float>{});
-  }
-}
-
-/// One row of `cols` elements of one head.
-struct Row {
-  char* data;
-  int64_t stride;  // in elements
-};
-
-template <class T>
-T* element(const Row& row, int64_t c) {
-  return reinterpret_cast<T*>(row.data) + c * row.stride;
-}
-
-template <class Bits>
-void copy(const Row& from, const Row& to, int64_t first, int64_t cols) {
-  if (from.stride == 1 && to.stride == 1) {
-    std::memcpy(element<Bits>(to, first), element<Bits>(from, first),
-                static_cast<std::size_t>(cols - first) * sizeof(Bits));
-    return;
-  }
-  for (int64_t c = first; c < cols; ++c) *element<Bits>(to, c) = *element<Bits>(from, c);
-}
-
-/// cos and sin of one position, for the pairs of a row.
-template <class Real>
-std::vector<Real> angles(const Operand& table, int64_t position, int64_t pairs) {
-  std::vector<Real> x(static_cast<std::size_t>(pairs));
-  if (pairs == 0) return x;
-  with_type(table.dtype, [&](auto type) {
-    using Type = decltype(type);
-    const Row row{table.at(0, position, 0), table.stride_col};
-    for (int64_t i = 0; i < pairs; ++i)
-      x[static_cast<std::size_t>(i)] = static_cast<Real>(Type::load(*element<typename Type::Bits>(row, i)));
-  });
-  return x;
-}
-
 /// A row of all heads.
 struct Place {
   const Operand& x;
   int64_t batch, row;
-  Row head(int64_t h) const { return {x.at(batch, row, h), x.stride_col}; }
+  char* data() const { return x.at(batch, row, 0); }
 };
 
 /// A row of `cols` columns goes from one place to another, rotated to `position` unless it is negative.
-template <class Type>
-void move_row(const Append& append, int64_t position, const Place& source, const Place& target, int64_t heads,
-              int64_t cols) {
-  using Bits = typename Type::Bits;
-  using Real = typename Type::Real;
-  const int64_t pairs = position < 0 ? 0 : append.rotary_dim / 2;
-  const std::vector<Real> cos = angles<Real>(append.cos, position, pairs),
-                          sin = angles<Real>(append.sin, position, pairs);
-  for (int64_t h = 0; h < heads; ++h) {
-    const Row from = source.head(h), into = target.head(h);
-    for (int64_t i = 0; i < pairs; ++i) {
-      const int64_t a = append.interleaved ? 2 * i : i, b = append.interleaved ? a + 1 : i + pairs;
-      const Real p = Type::load(*element<Bits>(from, a)), q = Type::load(*element<Bits>(from, b));
-      const Real c = cos[static_cast<std::size_t>(i)], s = sin[static_cast<std::size_t>(i)];
-      *element<Bits>(into, a) = Type::round(p * c - q * s);
-      *element<Bits>(into, b) = Type::round(p * s + q * c);
-    }
-    copy<Bits>(from, into, 2 * pairs, cols);
-  }
+void move_to(MoveRow move, const Append& append, int64_t position, const Place& source, const Place& target,
+             int64_t heads, int64_t cols) {
+  RowMove row{.dtype = source.x.dtype,
+              .heads = heads,
+              .cols = cols,
+              .from = source.data(),
+              .into = target.data(),
+              .from_head = source.x.stride_head,
+              .from_col = source.x.stride_col,
+              .into_head = target.x.stride_head,
+              .into_col = target.x.stride_col,
+              .angles = {}};
+  if (position >= 0)
+    row.angles = {.cos = append.cos.at(0, position, 0),
+                  .sin = append.sin.at(0, position, 0),
+                  .cos_dtype = append.cos.dtype,
+                  .sin_dtype = append.sin.dtype,
+                  .cos_stride = append.cos.stride_col,
+                  .sin_stride = append.sin.stride_col,
+                  .pairs = append.rotary_dim / 2,
+                  .interleaved = append.interleaved};
+  move(row);
 }
 
 int64_t blocks_of(int64_t rows) { return (rows + kBlockRows - 1) / kBlockRows; }
 int64_t key_blocks(const Problem& p) { return blocks_of(p.append.max_rows); }
 
-void append_keys(const Problem& p, int64_t b, int64_t first, int64_t last) {
+void append_keys(const Problem& p, MoveRow move, int64_t b, int64_t first, int64_t last) {
   const Append& append = p.append;
   const SequenceTable& t = p.sequences;
   const Sequence s = t.at(b);
@@ -117,28 +51,23 @@ void append_keys(const Problem& p, int64_t b, int64_t first, int64_t last) {
   for (int64_t i = first; i < last; ++i) {
     const int64_t row = t.used(b) + i, position = append.rotates() ? first_position(p, b) + i : -1;
     const KeyRun at = s.key_run(row, t.page_size);
-    with_type(p.dtype, [&](auto type) {
-      using Type = decltype(type);
-      move_row<Type>(append, position, {append.k, batch, start + i}, {p.k, at.batch, at.row}, p.nheads_k, p.headdim);
-      move_row<Type>(append, -1, {append.v, batch, start + i}, {p.v, at.batch, at.row}, p.nheads_k, p.headdim_v);
-    });
+    move_to(move, append, position, {append.k, batch, start + i}, {p.k, at.batch, at.row}, p.nheads_k, p.headdim);
+    move_to(move, append, -1, {append.v, batch, start + i}, {p.v, at.batch, at.row}, p.nheads_k, p.headdim_v);
   }
 }
 
-void rotate_queries(const Problem& p, const Operand& q, int64_t b, int64_t first, int64_t last) {
+void rotate_queries(const Problem& p, const Operand& q, MoveRow move, int64_t b, int64_t first, int64_t last) {
   const Sequence s = p.sequences.at(b);
   for (int64_t i = first; i < last; ++i) {
     const int64_t row = s.q_row + i, position = first_position(p, b) + (queries_advance(p) ? i : 0);
-    with_type(p.dtype, [&](auto type) {
-      move_row<decltype(type)>(p.append, position, {p.q, s.q_batch, row}, {q, s.q_batch, row}, p.nheads, p.headdim);
-    });
+    move_to(move, p.append, position, {p.q, s.q_batch, row}, {q, s.q_batch, row}, p.nheads, p.headdim);
   }
 }
 
 }  // namespace
 
 void append_all(const Problem& p, const Operand& q) {
-  for (int64_t i = 0, n = append_blocks(p); i < n; ++i) append_block(p, q, i);
+  for (int64_t i = 0, n = append_blocks(p); i < n; ++i) append_block(p, q, i, move_row);
 }
 
 RotatedQueries::RotatedQueries(const Problem& p) : q_(p.q) {
@@ -161,14 +90,14 @@ int64_t append_blocks(const Problem& p) {
   return p.batch * (key_blocks(p) + (p.append.rotates() ? blocks_of(p.max_seqlen_q) : 0));
 }
 
-void append_block(const Problem& p, const Operand& q, int64_t block) {
+void append_block(const Problem& p, const Operand& q, int64_t block, MoveRow move) {
   const int64_t of_keys = key_blocks(p), each = append_blocks(p) / p.batch;
   const int64_t b = block / each, i = block % each;
   const bool is_keys = i < of_keys;
   const int64_t first = (is_keys ? i : i - of_keys) * kBlockRows;
   const int64_t rows = is_keys ? p.sequences.new_keys(b) : p.sequences.at(b).seqlen_q;
   const int64_t last = std::min(first + kBlockRows, rows);
-  is_keys ? append_keys(p, b, first, last) : rotate_queries(p, q, b, first, last);
+  is_keys ? append_keys(p, move, b, first, last) : rotate_queries(p, q, move, b, first, last);
 }
 
 }  // namespace flash_attn

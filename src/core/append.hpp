@@ -5,6 +5,7 @@
 
 #include "core/overlap.hpp"
 #include "core/problem.hpp"
+#include "core/row_move.hpp"
 
 namespace flash_attn {
 
@@ -23,10 +24,10 @@ inline int64_t first_position(const Problem& p, int64_t b) {
 inline bool queries_advance(const Problem& p) { return !p.scores.mask.trivial(); }
 
 /// The work in blocks of rows, to be done in any order or at once: writes new keys and values into the cache and, if
-/// p.append.rotates(), every query of a sequence, rotated, into `q` (as p.q, but for its strides).
+/// p.append.rotates(), every query of a sequence, rotated, into `q` (as p.q, but for its strides). `move` moves a row.
 int64_t append_blocks(const Problem& p);
-void append_block(const Problem& p, const Operand& q, int64_t block);
-/// All blocks, one after the other.
+void append_block(const Problem& p, const Operand& q, int64_t block, MoveRow move);
+/// All blocks, one after the other, in plain loops.
 void append_all(const Problem& p, const Operand& q);
 
 /// The rotated queries of a Problem of the CPU: memory for them, of q's shape, and the Problem that reads them there.

@@ -20,7 +20,8 @@ void append(const Problem& p, const Operand& q) {
   const int64_t moved = p.batch * (p.append.max_rows * p.nheads_k * (p.headdim + p.headdim_v) +
                                    (p.append.rotates() ? p.max_seqlen_q * p.nheads * p.headdim : 0));
   const int workers = moved <= kFewElements ? 1 : cpu::max_workers();
-  cpu::parallel_for(append_blocks(p), workers, [&](int64_t i, int) { append_block(p, q, i); });
+  const MoveRow move = cpu::active_kernels().move_row;
+  cpu::parallel_for(append_blocks(p), workers, [&](int64_t i, int) { append_block(p, q, i, move); });
 }
 
 class CpuBackend final : public Backend {

@@ -8,6 +8,7 @@
 
 #include <cstdint>
 
+#include "core/row_move.hpp"
 #include "flash_attn/tensor.hpp"
 
 namespace flash_attn::cpu {
@@ -186,6 +187,8 @@ struct Kernels {
   /// The end of the forward's softmax: factor (rows) = 1 / sum l, lse (rows) = ln 2 m + ln sum l; 0 and -inf where l is
   /// 0.
   void (*finish_rows)(int64_t rows, const float* m, const float* l, float* factor, float* lse);
+  /// As core/row_move.hpp means it, for rows of f16, bf16 or f32.
+  MoveRow move_row;
 };
 
 }  // namespace flash_attn::cpu

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from flash_attn._errors import InvalidArgument, NotServed
 from flash_attn._refusal import refuse_gradient
-from flash_attn.ops._rotary import applied, rotate, rotated, rows_of, rows_of_heads
+from flash_attn.ops._rotary import Angles, angles_of, angles_of_heads, applied, rotate, rotated
 from flash_attn.ops.triton.rotary import apply_rotary
 
 __all__ = [
@@ -135,7 +135,7 @@ def apply_rotary_emb(
     goes with cu_seqlens. Arithmetic in fp32, rounded once. Errors as in ops.triton.rotary.apply_rotary.
     """
     if torch.compiler.is_compiling():
-        y = rotated(x, *rows_of_heads(x, cos, sin, seqlen_offsets, cu_seqlens, max_seqlen), interleaved)
+        y = rotated(x, angles_of_heads(x, cos, sin, seqlen_offsets, cu_seqlens, max_seqlen), interleaved)
         return _written_back(x, y) if inplace else y
     y = ApplyRotaryEmb.apply(x, cos, sin, interleaved, inplace, seqlen_offsets, cu_seqlens, max_seqlen)
     return _without_gradient_of_tables(y, cos, sin)
@@ -144,11 +144,9 @@ def apply_rotary_emb(
 apply_rotary_emb_func = apply_rotary_emb  # its name before 2.1
 
 
-def _part(x: Tensor, part: slice, cos: Tensor, sin: Tensor, seqlen_offsets) -> tuple[slice, tuple[Tensor, Tensor]]:
-    """A part of x along dimension 2 and its angles, to broadcast against it."""
-    cos, sin = rows_of(x, cos, sin, seqlen_offsets, None, None)
-    beside = (None,) * (x.dim() - 3)
-    return part, (cos[(..., *beside, slice(None))], sin[(..., *beside, slice(None))])
+def _part(x: Tensor, part: slice, cos: Tensor, sin: Tensor, seqlen_offsets) -> tuple[slice, Angles]:
+    """A part of x along dimension 2 and its angles."""
+    return part, angles_of(x, cos, sin, seqlen_offsets, None, None)
 
 
 def _parts_of_qkv(qkv, cos, sin, cos_k, sin_k, seqlen_offsets, num_heads_q):
@@ -181,13 +179,13 @@ def _parts_of_kv(kv, cos, sin, seqlen_offsets):
 def _turn(x: Tensor, parts, interleaved: bool, conjugate: bool = False, inplace: bool = False) -> Tensor:
     """The parts of x that have angles, turned."""
     if torch.compiler.is_compiling():
-        pieces = [x[:, :, p] if angles is None else rotated(x[:, :, p], *angles, interleaved) for p, angles in parts]
+        pieces = [x[:, :, p] if angles is None else rotated(x[:, :, p], angles, interleaved) for p, angles in parts]
         return torch.cat(pieces, dim=2)
     out = x if inplace else torch.empty_like(x)
     for p, angles in parts:
         part = x[:, :, p]
         if angles is not None:
-            rotate(part if inplace else out[:, :, p], part, *angles, interleaved, conjugate)
+            rotate(part if inplace else out[:, :, p], part, angles, interleaved, conjugate)
         elif not inplace:
             out[:, :, p].copy_(part)
     return out

@@ -1,16 +1,28 @@
 """Rotary embedding (Su et al., arXiv 2104.09864): pairs of columns turned by the angle of a position.
 
 Arithmetic in fp32 (fp64 where an input is), one rounding. What upstream refuses is served: headdim above 256, any
-strides.
+strides. Tensors of the CPU are turned by the compiled core (src/cpu/rotary.cpp), others by PyTorch's operations.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
+from flash_attn import _C
 from flash_attn._errors import InvalidArgument, InvalidType
 from flash_attn._tensors import is_plain
+
+
+class Angles(NamedTuple):
+    """Tables, and where rows find theirs: checked, as `angles_of` says."""
+
+    cos: Tensor
+    sin: Tensor
+    seqlen_offsets: int | Tensor
+    cu_seqlens: Tensor | None
 
 
 def _pairs(x: Tensor, half: int, interleaved: bool) -> tuple[Tensor, Tensor]:
@@ -20,12 +32,38 @@ def _pairs(x: Tensor, half: int, interleaved: bool) -> tuple[Tensor, Tensor]:
     return x[..., :half], x[..., half : 2 * half]
 
 
-def rotate(out: Tensor, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, conjugate: bool = False) -> Tensor:
-    """out := x with its first rotary_dim columns turned. `out` may be x itself.
+_NUMBERS = torch.float32, torch.bfloat16, torch.float16
 
-    x, out (..., headdim); cos, sin (..., rotary_dim / 2) broadcast against x, in the dtype of the arithmetic.
+
+def core_serves(out: Tensor, x: Tensor, angles: Angles) -> bool:
+    """Ordinary tensors of the CPU, in up to 32 bits, rows in one piece. What torch would not write to stays torch's."""
+    numbers = x, angles.cos, angles.sin
+    tables = [t for t in angles[2:] if isinstance(t, Tensor)]
+    if not (
+        all(t.is_cpu and t.dtype in _NUMBERS and not t.is_neg() for t in numbers)
+        and all(t.is_cpu and t.dim() == 1 and t.dtype in (torch.int32, torch.int64) for t in tables)
+        and x.stride(-1) == out.stride(-1) == 1
+        and is_plain(*numbers, *tables)
+    ):
+        return False
+    return out is not x or (0 not in x.stride() and (torch.is_inference_mode_enabled() or not x.is_inference()))
+
+
+def rotate(out: Tensor, x: Tensor, angles: Angles, interleaved: bool, conjugate: bool = False) -> Tensor:
+    """out := x (..., headdim) with its first rotary_dim columns turned. `out` may be x itself.
+
     conjugate: by the opposite angle, which is the inverse and the gradient.
     """
+    if core_serves(out, x, angles):
+        _C.rotate(out, x, *angles, interleaved, conjugate)
+        if out is x and not x.is_inference():
+            torch.autograd.graph.increment_version(x)
+        return out
+    return _rotate(out, x, *rows_of(x, angles), interleaved, conjugate)
+
+
+def _rotate(out: Tensor, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, conjugate: bool) -> Tensor:
+    """The same in PyTorch's operations; cos, sin (..., rotary_dim / 2) as rows_of has them."""
     half, dtype, sign = cos.shape[-1], cos.dtype, -1 if conjugate else 1
     if out is not x and 2 * half < x.shape[-1]:
         out[..., 2 * half :].copy_(x[..., 2 * half :])
@@ -47,8 +85,9 @@ def rotate(out: Tensor, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, 
     return out
 
 
-def rotated(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+def rotated(x: Tensor, angles: Angles, interleaved: bool) -> Tensor:
     """The same for a compiled graph, which differentiates and fuses it: operations that write to nothing."""
+    cos, sin = rows_of(x, angles)
     half = cos.shape[-1]
     a, b = (t.to(cos.dtype) for t in _pairs(x, half, interleaved))
     turned = a * cos - b * sin, a * sin + b * cos
@@ -92,38 +131,56 @@ def _check_reach(last: Tensor, length: int) -> None:
         _check("cos", high <= length, f"a row for each of {high} positions", f"{length} rows")
 
 
-def rows_of(
+def angles_of(
     x: Tensor, cos: Tensor, sin: Tensor, seqlen_offsets: int | Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None
-) -> tuple[Tensor, Tensor]:
-    """cos, sin (seqlen_rotary, half) at the positions of x's rows, in the dtype of the arithmetic.
-
-    x (batch, seqlen, ..., headdim) -> (seqlen, half), or (batch, seqlen, half) if the offsets are a tensor.
-    x (total, ..., headdim), packed by cu_seqlens (batch + 1) -> (total, half); rows outside of it do not turn.
-    """
+) -> Angles:
+    """Checks that all rows of x (batch, seqlen, ..., headdim), or packed (total, ..., headdim), find their angles."""
     _check_tables(x, cos, sin)
-    dtype = torch.promote_types(torch.promote_types(x.dtype, torch.promote_types(cos.dtype, sin.dtype)), torch.float32)
-    tables, length = (cos.to(dtype), sin.to(dtype)), cos.shape[0]
-    several = isinstance(seqlen_offsets, Tensor)
+    length, several = cos.shape[0], isinstance(seqlen_offsets, Tensor)
     if not several:
         _check("seqlen_offsets", seqlen_offsets >= 0, "0 or more", seqlen_offsets)
+        last = seqlen_offsets
     if cu_seqlens is None:
         batch, seqlen = x.shape[:2]
-        if not several:
+        if several:
+            _check_offsets(seqlen_offsets, batch)
+            _check_reach(seqlen_offsets, length)
+            _check_reach(seqlen_offsets + seqlen, length)
+        else:
             last = seqlen_offsets + seqlen
-            _check("cos", last <= length, f"a row for each of {last} positions", f"{length} rows")
-            return tables[0][seqlen_offsets:last], tables[1][seqlen_offsets:last]
-        _check_offsets(seqlen_offsets, batch)
-        _check_reach(seqlen_offsets, length)
-        _check_reach(seqlen_offsets + seqlen, length)
-        return _look_up(tables, seqlen_offsets[:, None] + torch.arange(seqlen, device=x.device))
-    _check("max_seqlen", max_seqlen is not None, "the longest sequence's length beside cu_seqlens", None)
-    batch = cu_seqlens.shape[0] - 1
-    if several:
-        _check_offsets(seqlen_offsets, batch)
-        _check_reach(seqlen_offsets + cu_seqlens.diff(), length)
     else:
-        last = seqlen_offsets + max_seqlen
+        _check("max_seqlen", max_seqlen is not None, "the longest sequence's length beside cu_seqlens", None)
+        if several:
+            _check_offsets(seqlen_offsets, cu_seqlens.shape[0] - 1)
+            _check_reach(seqlen_offsets + cu_seqlens.diff(), length)
+        else:
+            last = seqlen_offsets + max_seqlen
+    if not several:
         _check("cos", last <= length, f"a row for each of {last} positions", f"{length} rows")
+    return Angles(cos, sin, seqlen_offsets, cu_seqlens)
+
+
+def rows_of(x: Tensor, angles: Angles) -> tuple[Tensor, Tensor]:
+    """cos, sin at the positions of x's rows, to broadcast against x, in the dtype of the arithmetic.
+
+    Rows outside of cu_seqlens do not turn.
+    """
+    cos, sin, seqlen_offsets, cu_seqlens = angles
+    dtype = torch.promote_types(torch.promote_types(x.dtype, torch.promote_types(cos.dtype, sin.dtype)), torch.float32)
+    tables = cos.to(dtype), sin.to(dtype)
+    beside = (None,) * (x.dim() - (3 if cu_seqlens is None else 2))  # the dimensions between rows and columns
+    if cu_seqlens is None and not isinstance(seqlen_offsets, Tensor):
+        rows = tuple(t[seqlen_offsets : seqlen_offsets + x.shape[1]] for t in tables)
+    else:
+        rows = _look_up(tables, _positions(x, seqlen_offsets, cu_seqlens))
+    return tuple(t[(..., *beside, slice(None))] for t in rows)
+
+
+def _positions(x: Tensor, seqlen_offsets: int | Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """(batch, seqlen), or (total): -1 outside of cu_seqlens."""
+    if cu_seqlens is None:
+        return seqlen_offsets[:, None] + torch.arange(x.shape[1], device=x.device)
+    batch = cu_seqlens.shape[0] - 1
     row = torch.arange(x.shape[0], device=x.device, dtype=cu_seqlens.dtype)
     starts, ends = cu_seqlens[:-1].contiguous(), cu_seqlens[1:].contiguous()
     sequence = torch.bucketize(row, ends, right=True)
@@ -131,16 +188,15 @@ def rows_of(
     sequence = sequence.clamp(max=max(batch - 1, 0))
     shift = starts - seqlen_offsets
     positions = row - shift[sequence] if batch else row
-    return _look_up(tables, torch.where(inside, positions, -1))
+    return torch.where(inside, positions, -1)
 
 
-def rows_of_heads(x, cos, sin, seqlen_offsets, cu_seqlens, max_seqlen) -> tuple[Tensor, Tensor]:
-    """rows_of, to broadcast against x (batch, seqlen, nheads, headdim) or (total, nheads, headdim)."""
+def angles_of_heads(x, cos, sin, seqlen_offsets, cu_seqlens, max_seqlen) -> Angles:
+    """angles_of, for x (batch, seqlen, nheads, headdim) or (total, nheads, headdim)."""
     expected = 4 if cu_seqlens is None else 3
     names = "(batch, seqlen, nheads, headdim)" if cu_seqlens is None else "(total, nheads, headdim)"
     _check("x", x.dim() == expected, f"{expected} dimensions {names}", tuple(x.shape))
-    cos, sin = rows_of(x, cos, sin, seqlen_offsets, cu_seqlens, max_seqlen)
-    return cos[..., None, :], sin[..., None, :]
+    return angles_of(x, cos, sin, seqlen_offsets, cu_seqlens, max_seqlen)
 
 
 def applied(
@@ -155,5 +211,5 @@ def applied(
     conjugate: bool = False,
 ) -> Tensor:
     """x (batch, seqlen, nheads, headdim), or packed (total, nheads, headdim), turned; x itself if `inplace`."""
-    cos, sin = rows_of_heads(x, cos, sin, seqlen_offsets, cu_seqlens, max_seqlen)
-    return rotate(x if inplace else torch.empty_like(x), x, cos, sin, interleaved, conjugate)
+    angles = angles_of_heads(x, cos, sin, seqlen_offsets, cu_seqlens, max_seqlen)
+    return rotate(x if inplace else torch.empty_like(x), x, angles, interleaved, conjugate)

@@ -21,4 +21,6 @@
 
 #include "cpu/kernel/backward.hpp"
 
+#include "cpu/kernel/rotate.hpp"
+
 #include "cpu/kernel/table.hpp"

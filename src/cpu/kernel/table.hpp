@@ -19,6 +19,7 @@ const Kernels kernels = {
     .dot_rows = dot_rows,
     .merge_rows = merge_rows,
     .finish_rows = finish_rows,
+    .move_row = move_row,
 };
 
 }  // namespace flash_attn::cpu::FLASH_ATTN_ISA

@@ -60,7 +60,7 @@ struct Joining {
 void reserve_append_attend(const Forward& call) {
   const Problem p = make_problem(call);
   cpu::ForwardRun run(p, *kernels_under_test().front());
-  for (int64_t i = 0; i < append_blocks(p); ++i) append_block(p, p.q, i);
+  for (int64_t i = 0; i < append_blocks(p); ++i) append_block(p, p.q, i, move_row);
   run.attend();
 }
 

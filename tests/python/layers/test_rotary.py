@@ -14,6 +14,7 @@ from flash_attn.layers.rotary import (
     apply_rotary_emb_qkv_,
     apply_rotary_emb_torch,
 )
+from flash_attn.ops import _rotary
 from flash_attn.ops.triton.rotary import apply_rotary
 
 from layers.judge import DTYPES, judge
@@ -77,6 +78,107 @@ def test_packed_sequences(dtype, offsets):
             {"x": torch.randn(20, HEADS, HEADDIM).to(dtype).requires_grad_()},
             terms=1,
         )
+
+
+CORE_SHAPES = {  # of memory, its permutation, columns that are used
+    "odd": ((3, 5, 3, 7), None, 7),
+    "one column": ((3, 5, 3, 1), None, 1),
+    "wide": ((3, 5, 2, 530), None, 530),
+    "one row": ((3, 1, 4, 128), None, 128),
+    "no row": ((3, 0, 4, 16), None, 16),
+    "no sequence": ((0, 5, 4, 16), None, 16),
+    "heads outside": ((3, 4, 5, 64), (0, 2, 1, 3), 64),
+    "sequences inside": ((5, 3, 2, 40), (1, 0, 2, 3), 40),
+    "columns of more": ((3, 5, 2, 48), None, 33),
+}
+
+
+@pytest.fixture
+def core_calls(monkeypatch):
+    """Counts what the compiled core turns."""
+    calls, rotate = [], _rotary._C.rotate
+    monkeypatch.setattr(_rotary._C, "rotate", lambda *args: calls.append(args) or rotate(*args))
+    return calls
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", CORE_SHAPES)
+def test_the_core_and_torch_agree(shape, dtype, core_calls, monkeypatch):
+    """Within a rounding, and neither is further from the formula than one."""
+    memory, order, columns = CORE_SHAPES[shape]
+    given = torch.randn(memory).to(dtype)
+
+    def view(memory):
+        return memory.permute(order or (0, 1, 2, 3))[..., :columns]
+
+    x = view(given)
+    batch, seqlen = x.shape[:2]
+    for half, interleaved, inplace, conjugate, several in itertools.product(
+        {0, 1, columns // 4, columns // 2} & set(range(columns // 2 + 1)), *[(False, True)] * 4
+    ):
+        cos, sin = tables(half, torch.float32 if several else dtype)
+        offsets = torch.arange(batch) if several else 2
+
+        def turn(t=(cos, sin, offsets, None, None, interleaved, inplace, conjugate)):
+            return apply_rotary(view(given.clone()), *t)
+
+        got = turn()
+        with monkeypatch.context() as m:
+            m.setattr(_rotary, "core_serves", lambda *_: False)
+            by_torch = turn()
+        first = offsets if several else torch.full((batch,), 2)
+        exact = turned(
+            x.double(), cos.double(), (-sin if conjugate else sin).double(),
+            first[:, None] + torch.arange(seqlen), interleaved,
+        )  # fmt: skip
+        rounding = torch.finfo(dtype).eps / 2 * exact.abs() + 16 * torch.finfo(torch.float32).eps
+        assert ((got.double() - exact).abs() <= rounding).all()
+        assert ((by_torch.double() - exact).abs() <= rounding).all()
+        assert torch.equal(got[..., 2 * half :], x[..., 2 * half :])
+    assert len(core_calls) >= 16
+
+
+def test_what_the_core_turns(core_calls):
+    """Ordinary tensors of the CPU; torch has all else, and its words for memory that may not be written to."""
+    cos, sin = tables(4, torch.float32)
+    x = torch.randn(2, 5, 2, 16)
+
+    def turned_by_core(function, *args, **keywords) -> int:
+        before = len(core_calls)
+        function(*args, **keywords)
+        return len(core_calls) - before
+
+    apply = apply_rotary_emb
+    assert turned_by_core(apply, x, cos, sin) == 1
+    assert turned_by_core(apply, x.bfloat16(), cos, sin.half(), inplace=True) == 1
+    assert turned_by_core(apply, x[0, 0].expand(2, 5, 2, 16), cos, sin) == 1
+    assert turned_by_core(lambda: apply(x.clone().requires_grad_(), cos, sin).square().sum().backward()) == 2
+    assert turned_by_core(apply_rotary_emb_qkv_, torch.randn(2, 5, 3, 2, 16), cos, sin) == 1
+    assert turned_by_core(apply_rotary_emb_qkv_, torch.randn(2, 5, 3, 2, 16), cos, sin, cos, sin) == 2
+    assert turned_by_core(apply_rotary_emb_kv_, torch.randn(2, 5, 2, 2, 16), cos, sin) == 1
+    assert turned_by_core(apply, x.double(), cos, sin) == 0
+    assert turned_by_core(apply, x, cos.double(), sin) == 0
+    assert turned_by_core(apply, x.mT, *tables(1, torch.float32)) == 0
+    assert turned_by_core(apply, x.to("meta"), cos.to("meta"), sin.to("meta")) == 0
+    assert turned_by_core(torch.func.vmap(lambda x: apply_rotary(x, cos, sin)), x[None].bfloat16()) == 0
+    with pytest.raises(RuntimeError, match="single memory location"):
+        apply(x[0, 0].expand(2, 5, 2, 16), cos, sin, inplace=True)
+    with torch.inference_mode():
+        made = torch.randn(2, 5, 2, 16)
+        assert turned_by_core(apply, made, cos, sin, inplace=True) == 1
+    with pytest.raises(RuntimeError, match="inference tensor"):
+        apply(made, cos, sin, inplace=True)
+
+
+def test_autograd_knows_what_was_written():
+    """A tensor that was saved for a gradient and then turned in place may not be used for it."""
+    cos, sin = tables(4, torch.float32)
+    for turn, shape in ((apply_rotary_emb, (2, 5, 2, 16)), (apply_rotary_emb_qkv_, (2, 5, 3, 2, 16))):
+        x, w = torch.randn(shape), torch.randn(shape, requires_grad=True)
+        y = (x * w).sum()
+        turn(x, cos, sin, **({"inplace": True} if turn is apply_rotary_emb else {}))
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.backward()
 
 
 def split_qkv(qkv, queries: int | None):
