@@ -20,8 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flash_attn._errors import InvalidArgument, NotServed
+from flash_attn.models._formats import remap_of
+from flash_attn.models._gpt2 import remap_state_dict_hf_gpt2, remap_state_dict_megatron
 from flash_attn.models._tensor_parallel import combine_state_dicts_tp, shard_state_dict_tp
-from flash_attn.models._weights import padded_rows, padded_size, renamed
+from flash_attn.models._weights import padded_size
 from flash_attn.models.llama import remap_state_dict_hf_llama
 from flash_attn.modules.block import Block, ParallelBlock
 from flash_attn.modules.embedding import GPT2Embeddings, ParallelGPT2Embeddings
@@ -186,20 +188,11 @@ class GPTPreTrainedModel(nn.Module):
     def from_pretrained(
         cls, model_name, config, *args, strict=True, device=None, dtype=None, world_size=1, rank=0, **kwargs
     ):
-        """The model with a checkpoint's weights: GPT-2's or Llama's (a name that begins "gpt2" or "meta-llama/Llama-",
-        or a folder whose weights have such names). world_size, rank: this process's part."""
+        """The model with a checkpoint's weights, whose names say whose they are: GPT-2's, or those that a module here
+        renames. model_name: a folder or a name (see utils.pretrained). world_size, rank: this process's part."""
         model = cls(config, *args, device=device, dtype=dtype, **kwargs)
         weights = state_dict_from_pretrained(model_name, device="cpu", dtype=dtype)
-        names = [name.removeprefix("transformer.") for name in weights]
-        if any(name.startswith("h.0.attn.c_attn.") for name in names):
-            weights = remap_state_dict_hf_gpt2(weights, config)
-        elif "model.layers.0.self_attn.q_proj.weight" in weights:
-            weights = remap_state_dict_hf_llama(weights, config)
-        else:
-            raise NotServed(
-                f"model_name: {model_name!r} has neither GPT-2's nor Llama's weights: rename them to this model's "
-                "state_dict keys, and use load_state_dict"
-            )
+        weights = remap_of(weights, model_name)(weights, config)
         if world_size > 1:
             weights = shard_state_dict_tp(weights, config, world_size, rank)
         model.load_state_dict(weights, strict=strict)
@@ -378,56 +371,3 @@ class GPTLMHeadModel(GPTPreTrainedModel, GenerationMixin):
                 for k, x in state_dict.items()
             }
         return super().load_state_dict(state_dict, strict=strict, **kwargs)
-
-
-_LAYERS = r"transformer.layers.\1."
-
-
-def remap_state_dict_hf_gpt2(state_dict: dict[str, Tensor], config) -> dict[str, Tensor]:
-    """transformers' GPT2Model (or GPT2LMHeadModel) names -> those of GPTLMHeadModel."""
-    weights = renamed(
-        {name.removeprefix("transformer."): x for name, x in state_dict.items()},
-        (r"wte\.", "transformer.embeddings.word_embeddings."),
-        (r"wpe\.", "transformer.embeddings.position_embeddings."),
-        (r"ln_f\.", "transformer.ln_f."),
-        (r"h\.(\d+)\.ln_(\d)\.", _LAYERS + r"norm\2."),
-        (r"h\.(\d+)\.mlp\.c_fc\.", _LAYERS + "mlp.fc1."),
-        (r"h\.(\d+)\.mlp\.c_proj\.", _LAYERS + "mlp.fc2."),
-        (r"h\.(\d+)\.attn\.c_attn\.", _LAYERS + "mixer.Wqkv."),
-        (r"h\.(\d+)\.attn\.c_proj\.", _LAYERS + "mixer.out_proj."),
-    )
-    for name in list(weights):
-        if name.endswith((".attn.bias", ".attn.masked_bias")):  # masks
-            del weights[name]
-        elif name.endswith(("fc1.weight", "fc2.weight", "Wqkv.weight", "out_proj.weight")):
-            weights[name] = weights[name].t()
-    words = "transformer.embeddings.word_embeddings.weight"
-    weights[words] = padded_rows(weights[words], padded_size(config.vocab_size, config))
-    weights["lm_head.weight"] = weights[words]
-    return weights
-
-
-def remap_state_dict_megatron(state_dict: dict[str, Tensor], config) -> dict[str, Tensor]:
-    """Megatron-LM's GPT names -> those of GPTLMHeadModel; there each head's q, k and v lie together."""
-    weights = renamed(
-        state_dict,
-        (r"language_model\.(?:encoder\.)?", "transformer."),
-        (r"transformer\.embedding\.word_embeddings\.", "transformer.embeddings.word_embeddings."),
-        (r"(?:transformer\.embedding\.position_embeddings|wpe)\.", "transformer.embeddings.position_embeddings."),
-        (r"transformer\.final_layernorm\.", "transformer.ln_f."),
-        (r"transformer\.layers\.(\d+)\.input_layernorm\.", _LAYERS + "norm1."),
-        (r"transformer\.layers\.(\d+)\.post_attention_layernorm\.", _LAYERS + "norm2."),
-        (r"transformer\.layers\.(\d+)\.mlp\.dense_h_to_4h\.", _LAYERS + "mlp.fc1."),
-        (r"transformer\.layers\.(\d+)\.mlp\.dense_4h_to_h\.", _LAYERS + "mlp.fc2."),
-        (r"transformer\.layers\.(\d+)\.self_attention\.query_key_value\.", _LAYERS + "mixer.Wqkv."),
-        (r"transformer\.layers\.(\d+)\.self_attention\.dense\.", _LAYERS + "mixer.out_proj."),
-        (r"transformer\.layers\.(\d+)\.self_attention\.rotary_emb\.", _LAYERS + "mixer.rotary_emb."),
-    )
-    for name in weights:
-        if ".mixer.Wqkv." in name:
-            heads = weights[name].unflatten(0, (config.num_attention_heads, 3, -1))
-            weights[name] = heads.transpose(0, 1).flatten(0, 2)
-    words = "transformer.embeddings.word_embeddings.weight"
-    weights[words] = padded_rows(weights[words], padded_size(weights[words].shape[0], config))
-    weights["lm_head.weight"] = weights[words]
-    return weights

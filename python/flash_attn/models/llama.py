@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from flash_attn._errors import NotServed
-from flash_attn.models._weights import padded_rows, padded_size, renamed
+from flash_attn.models._config import gpt2_config, rotary_base
+from flash_attn.models._weights import LAYERS, WORDS, embed, heads_kv, joined, renamed
 
 __all__ = [
     "config_from_checkpoint",
@@ -23,29 +24,6 @@ __all__ = [
     "state_dicts_from_checkpoint",
 ]
 
-_WORDS, _LAYERS = "transformer.embeddings.word_embeddings.weight", r"transformer.layers.\1."
-
-
-def _heads_kv(config) -> int:
-    return getattr(config, "n_head_kv", None) or config.n_head
-
-
-def _embeddings(weights: dict[str, Tensor], head: str, config) -> None:
-    """Pads the vocabulary, in place; `head`: the name of the output's weight, if it has its own."""
-    rows = padded_size(weights[_WORDS].shape[0], config)
-    weights[_WORDS] = padded_rows(weights[_WORDS], rows)
-    own = weights.pop(head, None)
-    tied = getattr(config, "tie_word_embeddings", False) or own is None
-    weights["lm_head.weight"] = weights[_WORDS] if tied else padded_rows(own, padded_size(own.shape[0], config))
-
-
-def _joined(weights: dict[str, Tensor], layer: str, names: list[str], into: str, turn=None) -> None:
-    """Stacks weights (and biases, where there are) of a layer."""
-    for kind in ("weight", "bias"):
-        parts = [weights.pop(f"{layer}.{name}.{kind}", None) for name in names]
-        if parts[0] is not None:
-            weights[f"{layer}.{into}.{kind}"] = torch.cat(parts if turn is None else turn(parts))
-
 
 def remap_state_dict_meta_llama(state_dict: dict[str, Tensor], config) -> dict[str, Tensor]:
     """Meta's names -> those of GPTLMHeadModel(config)."""
@@ -53,17 +31,17 @@ def remap_state_dict_meta_llama(state_dict: dict[str, Tensor], config) -> dict[s
         state_dict,
         (r"tok_embeddings\.", "transformer.embeddings.word_embeddings."),
         (r"norm\.", "transformer.ln_f."),
-        (r"layers\.(\d+)\.attention_norm\.", _LAYERS + "norm1."),
-        (r"layers\.(\d+)\.ffn_norm\.", _LAYERS + "norm2."),
-        (r"layers\.(\d+)\.feed_forward\.w2\.", _LAYERS + "mlp.fc2."),
-        (r"layers\.(\d+)\.attention\.wo\.", _LAYERS + "mixer.out_proj."),
-        (r"layers\.(\d+)\.", _LAYERS),
+        (r"layers\.(\d+)\.attention_norm\.", LAYERS + "norm1."),
+        (r"layers\.(\d+)\.ffn_norm\.", LAYERS + "norm2."),
+        (r"layers\.(\d+)\.feed_forward\.w2\.", LAYERS + "mlp.fc2."),
+        (r"layers\.(\d+)\.attention\.wo\.", LAYERS + "mixer.out_proj."),
+        (r"layers\.(\d+)\.", LAYERS),
     )
-    _embeddings(weights, "output.weight", config)
+    embed(weights, config, "output.weight")
     for i in range(config.n_layer):
         layer = f"transformer.layers.{i}"
-        _joined(weights, layer, ["feed_forward.w3", "feed_forward.w1"], "mlp.fc1")
-        _joined(weights, layer, ["attention.wq", "attention.wk", "attention.wv"], "mixer.Wqkv")
+        joined(weights, layer, ["feed_forward.w3", "feed_forward.w1"], "mlp.fc1")
+        joined(weights, layer, ["attention.wq", "attention.wk", "attention.wv"], "mixer.Wqkv")
         weights.pop(f"{layer}.attention.inner_attention.rope.freqs", None)
     weights.pop("rope.freqs", None)
     return weights
@@ -79,29 +57,29 @@ def _halves(w: Tensor, nheads: int) -> Tensor:
 
 
 _HF_RULES = [
-    (r"model\.embed_tokens\.", "transformer.embeddings.word_embeddings."),
-    (r"model\.norm\.", "transformer.ln_f."),
-    (r"model\.layers\.(\d+)\.input_layernorm\.", _LAYERS + "norm1."),
-    (r"model\.layers\.(\d+)\.post_attention_layernorm\.", _LAYERS + "norm2."),
-    (r"model\.layers\.(\d+)\.mlp\.down_proj\.", _LAYERS + "mlp.fc2."),
-    (r"model\.layers\.(\d+)\.self_attn\.o_proj\.", _LAYERS + "mixer.out_proj."),
-    (r"model\.layers\.(\d+)\.", _LAYERS),
+    (r"(?:model\.)?embed_tokens\.", "transformer.embeddings.word_embeddings."),
+    (r"(?:model\.)?norm\.", "transformer.ln_f."),
+    (r"(?:model\.)?layers\.(\d+)\.input_layernorm\.", LAYERS + "norm1."),
+    (r"(?:model\.)?layers\.(\d+)\.post_attention_layernorm\.", LAYERS + "norm2."),
+    (r"(?:model\.)?layers\.(\d+)\.mlp\.down_proj\.", LAYERS + "mlp.fc2."),
+    (r"(?:model\.)?layers\.(\d+)\.self_attn\.o_proj\.", LAYERS + "mixer.out_proj."),
+    (r"(?:model\.)?layers\.(\d+)\.", LAYERS),
 ]
 
 
 def remap_state_dict_hf_llama(state_dict: dict[str, Tensor], config) -> dict[str, Tensor]:
     """transformers' names -> those of GPTLMHeadModel(config); config.n_head_kv may be less than n_head."""
     weights = renamed(state_dict, *_HF_RULES)
-    _embeddings(weights, "lm_head.weight", config)
+    embed(weights, config)
 
     def turned(parts):
         q, k, v = parts
-        return _interleaved(q, config.n_head), _interleaved(k, _heads_kv(config)), v
+        return _interleaved(q, config.n_head), _interleaved(k, heads_kv(config)), v
 
     for i in range(config.n_layer):
         layer = f"transformer.layers.{i}"
-        _joined(weights, layer, ["mlp.up_proj", "mlp.gate_proj"], "mlp.fc1")
-        _joined(weights, layer, [f"self_attn.{x}_proj" for x in "qkv"], "mixer.Wqkv", turned)
+        joined(weights, layer, ["mlp.up_proj", "mlp.gate_proj"], "mlp.fc1")
+        joined(weights, layer, [f"self_attn.{x}_proj" for x in "qkv"], "mixer.Wqkv", turned)
         weights.pop(f"{layer}.self_attn.rotary_emb.inv_freq", None)
     return weights
 
@@ -110,7 +88,7 @@ def inv_remap_state_dict_hf_llama(state_dict: dict[str, Tensor], config) -> dict
     """The way back; a padded vocabulary stays padded."""
     weights = dict(state_dict)
     head_dim = config.hidden_size // config.n_head
-    q_rows, k_rows = config.n_head * head_dim, _heads_kv(config) * head_dim
+    q_rows, k_rows = config.n_head * head_dim, heads_kv(config) * head_dim
     for i in range(config.n_layer):
         ours, theirs = f"transformer.layers.{i}", f"model.layers.{i}"
         for kind in ("weight", "bias"):
@@ -120,10 +98,10 @@ def inv_remap_state_dict_hf_llama(state_dict: dict[str, Tensor], config) -> dict
             if f"{ours}.mixer.Wqkv.{kind}" in weights:
                 q, k, v = weights.pop(f"{ours}.mixer.Wqkv.{kind}").split([q_rows, k_rows, k_rows])
                 weights[f"{theirs}.self_attn.q_proj.{kind}"] = _halves(q, config.n_head)
-                weights[f"{theirs}.self_attn.k_proj.{kind}"] = _halves(k, _heads_kv(config))
+                weights[f"{theirs}.self_attn.k_proj.{kind}"] = _halves(k, heads_kv(config))
                 weights[f"{theirs}.self_attn.v_proj.{kind}"] = v
     if getattr(config, "tie_word_embeddings", False):
-        weights["lm_head.weight"] = weights[_WORDS]
+        weights["lm_head.weight"] = weights[WORDS]
     return renamed(
         weights,
         (r"transformer\.embeddings\.word_embeddings\.", "model.embed_tokens."),
@@ -184,34 +162,17 @@ def state_dicts_from_checkpoint(checkpoint_path: str | os.PathLike, model_name: 
     return [torch.load(path, map_location="cpu", weights_only=True) for path in files]
 
 
-def _rotary_base(config) -> float:
-    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise NotServed(f"llama_config: positions scaled by {kind!r} are not served; expected 'default'")
-    for base in (getattr(config, "rotary_emb_base", None), rope.get("rope_theta"), getattr(config, "rope_theta", None)):
-        if base is not None:
-            return float(base)
-    return 10000.0
-
-
 def llama_config_to_gpt2_config(llama_config):
     """-> the GPT2Config of the same model as GPTLMHeadModel, with rotary embedding, RMSNorm and SwiGLU.
 
     From llama_config: also the heads of keys, the base of positions, biases, and whether the embedding is tied.
     """
-    from transformers import GPT2Config
-
     c = llama_config
     if getattr(c, "head_dim", None) not in (None, c.hidden_size // c.num_attention_heads):
         raise NotServed(f"llama_config: head_dim: expected hidden_size / num_attention_heads, got {c.head_dim}")
     attention_bias, mlp_bias = getattr(c, "attention_bias", False), getattr(c, "mlp_bias", False)
-    return GPT2Config(
-        vocab_size=c.vocab_size,
-        n_positions=0,  # rotary embedding instead
-        n_embd=c.hidden_size,
-        n_layer=c.num_hidden_layers,
-        n_head=c.num_attention_heads,
+    return gpt2_config(
+        c,
         n_inner=c.intermediate_size,
         activation_function="swiglu",
         resid_pdrop=0.0,
@@ -219,15 +180,10 @@ def llama_config_to_gpt2_config(llama_config):
         attn_pdrop=0.0,
         layer_norm_epsilon=c.rms_norm_eps,
         initializer_range=c.initializer_range,
-        bos_token_id=c.bos_token_id,
-        eos_token_id=c.eos_token_id,
-        # Beyond GPT2Config's own:
-        pad_token_id=c.pad_token_id,
         rms_norm=True,
         rotary_emb_fraction=1.0,
         rotary_emb_interleaved=True,
-        rotary_emb_base=_rotary_base(c),
-        tie_word_embeddings=getattr(c, "tie_word_embeddings", False),
+        rotary_emb_base=rotary_base(c, "llama_config"),
         qkv_proj_bias=attention_bias,
         out_proj_bias=attention_bias,
         mlp_fc1_bias=mlp_bias,

@@ -119,40 +119,6 @@ def test_from_pretrained(tmp_path):
         gpt.GPTLMHeadModel.from_pretrained(tmp_path / "empty", config)
 
 
-def test_parallel_block_is_gptj():
-    """GPT-J's block: one norm, attention and feed-forward layer side by side, rotary pairs of some columns."""
-    config = transformers.GPTJConfig(vocab_size=VOCAB, n_positions=40, n_embd=32, n_layer=2, n_head=4, rotary_dim=4,
-                                     n_inner=None, bos_token_id=None, eos_token_id=None)  # fmt: skip
-    theirs = randomized(transformers.GPTJForCausalLM(config))
-    ours_config = transformers.GPT2Config(
-        vocab_size=VOCAB, n_positions=0, n_embd=32, n_layer=2, n_head=4, bos_token_id=None, eos_token_id=None,
-        parallel_block=True, parallel_block_tied_norm=True, rotary_emb_fraction=0.5, rotary_emb_interleaved=True,
-        qkv_proj_bias=False, out_proj_bias=False, tie_word_embeddings=False, lm_head_bias=True, use_flash_attn=True,
-    )  # fmt: skip
-    weights = {"transformer.embeddings.word_embeddings.weight": theirs.transformer.wte.weight}
-    for name in ("ln_f.weight", "ln_f.bias"):
-        weights[f"transformer.{name}"] = theirs.state_dict()[f"transformer.{name}"]
-    for name in ("weight", "bias"):
-        weights[f"lm_head.{name}"] = theirs.state_dict()[f"lm_head.{name}"]
-    for i, block in enumerate(theirs.transformer.h):
-        layer = f"transformer.layers.{i}"
-        qkv = [getattr(block.attn, f"{x}_proj").weight for x in "qkv"]
-        weights[f"{layer}.mixer.Wqkv.weight"] = torch.cat(qkv)
-        weights[f"{layer}.mixer.out_proj.weight"] = block.attn.out_proj.weight
-        for kind in ("weight", "bias"):
-            weights[f"{layer}.norm1.{kind}"] = getattr(block.ln_1, kind)
-            weights[f"{layer}.mlp.fc1.{kind}"] = getattr(block.mlp.fc_in, kind)
-            weights[f"{layer}.mlp.fc2.{kind}"] = getattr(block.mlp.fc_out, kind)
-    ids = torch.randint(0, VOCAB, (2, 9))
-    for fused in (False, True):
-        ours_config.fused_dropout_add_ln = fused
-        ours = gpt.GPTLMHeadModel(ours_config).eval()
-        ours.load_state_dict(weights)
-        close(ours(ids).logits, theirs(ids).logits.double(), bound=1e-5)
-    tokens = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_length=16, do_sample=False, pad_token_id=0)
-    assert ours.generate(ids, max_length=16).equal(tokens)
-
-
 def bert_config(**options):
     config = transformers.BertConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
                                      intermediate_size=48, max_position_embeddings=16)  # fmt: skip
