@@ -1,6 +1,7 @@
-"""Attention with what a caller makes of scores: score_mod, mask_mod, lists of blocks. The `torch` backend runs it.
+"""Attention with what a caller makes of scores: score_mod, mask_mod, lists of blocks.
 
-The core checks the call as any other and names the engine; the functions travel beside the Problem, as Tensors.mods.
+The core checks the call as any other; the functions travel beside the Problem, as Tensors.mods. On a GPU the `triton`
+backend runs those that it can trace into its kernels; the `torch` backend runs all, on every device.
 """
 
 from __future__ import annotations
@@ -8,11 +9,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 
-from flash_attn import _C, _run
+from flash_attn import _C, _engines, _run
 from flash_attn._attention import check_constants
 from flash_attn._backend import current
 from flash_attn._call import Run, Scores, Sequences
@@ -22,13 +24,34 @@ from flash_attn._refusal import refuse_gradient
 from flash_attn._tensors import empty_gradients, empty_lse, empty_out, is_plain
 
 BACKEND = "torch"
+KERNELS = "triton"
 WORDS = "score_mod, mask_mod and block_sparse_tensors"
 
 
+def _named() -> str | None:
+    return current() or os.environ.get("FLASH_ATTENTION_BACKEND") or None
+
+
 def refuse_other_backends() -> None:
-    named = current() or os.environ.get("FLASH_ATTENTION_BACKEND") or BACKEND
-    if named != BACKEND:
-        raise NotServed(f"{WORDS}: run on the backend torch, on every device; {named} was asked for by name")
+    named = _named()
+    if named not in (None, BACKEND, KERNELS):
+        raise NotServed(
+            f"{WORDS}: run on the backend {BACKEND}, on every device, and on {KERNELS}; {named} was asked for by name"
+        )
+
+
+def no_kernels(q: Tensor) -> str:
+    """Why no Triton kernel takes functions of scores on q's device; empty if some may."""
+    if _named() == BACKEND:
+        return f"{BACKEND} was asked for by name"
+    if not (q.is_cuda or q.is_xpu or os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")):
+        return f"q: it runs on GPUs, got {q.device.type}"
+    engine = _engines.get(KERNELS)
+    if engine is None:
+        return "it is not available"
+    is_nvidia = q.is_cuda and torch.version.hip is None
+    asked = SimpleNamespace(dtype=str(q.dtype)[6:], device_type=2 if is_nvidia else 0, device_index=q.get_device())
+    return engine.refuses(asked)
 
 
 @dataclass(frozen=True)
@@ -39,6 +62,7 @@ class Call:
     scores: Scores  # with the sink
     mods: Mods
     deterministic: bool = False
+    lowered: object = None  # what the `triton` engine has made of mods, and runs
 
     @property
     def run(self) -> Run:
@@ -53,6 +77,21 @@ def check(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, scores: Scores)
     check_constants(scores)
     run = Run(BACKEND, positive_empty_lse=False)  # of Python: the core hands the call back, and runs nothing
     _C.forward(q, k, v, empty_out(q, v), empty_lse(q), sequences, scores, None, run, None, None, None, False)
+
+
+def lowered(call: Call, q: Tensor, v: Tensor, gradient: bool) -> Call:
+    """With its functions in Triton kernels, if they can be there. `gradient`: a backward will follow."""
+    why_not = no_kernels(q)
+    if not why_not:
+        from flash_attn._engines.triton.modified import Untraceable, lower
+
+        try:
+            return replace(call, lowered=lower(call.mods, q, v, gradient))
+        except Untraceable as e:
+            why_not = str(e)
+    if _named() == KERNELS:
+        raise NotServed(f"{WORDS}: the backend {KERNELS} was asked for by name, and cannot: {why_not}")
+    return call
 
 
 def _of_heads(x: Tensor | None, heads: slice) -> Tensor | None:
@@ -78,6 +117,9 @@ def _parts(call: Call, q: Tensor, k: Tensor) -> Iterator[tuple[Call, slice, slic
 
 def forward(call: Call, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None) -> None:
     """Writes out and lse."""
+    if call.lowered is not None:
+        _run.forward(q, k, v, out, lse, call.sequences, call.scores, None, call.run, mods=call.lowered)
+        return
     for part, heads, heads_k in _parts(call, q, k):
         _run.forward(
             _of_heads(q, heads), _of_heads(k, heads_k), _of_heads(v, heads_k), _of_heads(out, heads),
@@ -87,6 +129,10 @@ def forward(call: Call, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tenso
 
 def backward(call: Call, dout, q, k, v, out, lse, dq, dk, dv, dlse, dsink) -> None:
     """Writes dq, dk, dv, and dsink unless it is None; adds to call.mods.dreads."""
+    if call.lowered is not None:
+        groups = (call.sequences, call.scores, None, call.run)
+        _run.backward(dout, q, k, v, out, lse, dq, dk, dv, dlse, None, dsink, *groups, mods=call.lowered)
+        return
     for part, heads, heads_k in _parts(call, q, k):
         _run.backward(
             *(_of_heads(x, heads) for x in (dout, q)), *(_of_heads(x, heads_k) for x in (k, v)), _of_heads(out, heads),
@@ -147,7 +193,10 @@ class _Modified(torch.autograd.Function):
 def attention(call: Call, q: Tensor, k: Tensor, v: Tensor, wants_lse: bool) -> tuple[Tensor, Tensor | None]:
     """-> out, lse (None unless it is wanted, or a gradient is). The call has passed check()."""
     sink, reads = call.scores.learnable_sink, call.mods.reads
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, sink, *reads)):
+    gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, sink, *reads))
+    if q.numel() and k.numel():
+        call = lowered(call, q, v, gradient)
+    if gradient:
         return _Modified.apply(call, q, k, v, sink, *reads)
     out, lse = empty_out(q, v), empty_lse(q) if wants_lse else None
     forward(call, q, k, v, out, lse)

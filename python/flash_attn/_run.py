@@ -76,7 +76,7 @@ def forward(
     mods=None,
 ) -> str:
     """Writes out and lse (and where keys join, k and v); -> the name of the backend that did. `cache`: messages call k
-    and v k_cache and v_cache. `mods`: see _modified.py; `run` names the backend that serves them."""
+    and v k_cache and v_cache. `mods`: see _modified.py; they name the backend that runs them."""
     if _checks and _must_check(q):
         groups = (_on_cpu(sequences), scores, dropout, run, _on_cpu(new_keys), _on_cpu(rotary))
         _C.check_forward(q, k, v, out, lse, *groups, cache)
@@ -85,6 +85,8 @@ def forward(
         return served
     call = (q, k, v, out, lse, sequences, scores, dropout, run, new_keys, rotary)
     name, engine, problem = _answer(served, lambda vetoes: _C.forward(*call, vetoes, cache))
+    if engine is not None and mods is not None:
+        name, engine = mods.backend, _engines.get(mods.backend)
     if engine is not None:
         t = Tensors(q, k, v, out, lse, sequences, scores, dropout, new_keys, rotary, mods=mods)
         engine.forward(problem, t)
@@ -102,6 +104,8 @@ def backward(
     if type(served) is str:
         return served
     name, engine, problem = _answer(served, lambda vetoes: _C.backward(*call, vetoes))
+    if engine is not None and mods is not None:
+        name, engine = mods.backend, _engines.get(mods.backend)
     if engine is not None:
         gradients = (dout, dq, dk, dv, dlse, dbias, dsink)
         t = Tensors(q, k, v, out, lse, sequences, scores, dropout, gradients=gradients, mods=mods)

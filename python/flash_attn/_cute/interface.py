@@ -366,7 +366,8 @@ def _flash_attn_fwd(
     elif lse is None and wants_lse:
         lse = empty_lse(q)
     if _change_scores(functions):
-        _modified.forward(_call(q, k, v, sequences, scores, functions), q, k, v, out, lse)
+        call = _modified.lowered(_call(q, k, v, sequences, scores, functions), q, v, False)
+        _modified.forward(call, q, k, v, out, lse)
     else:
         _run.forward(q, k, v, out, lse, sequences, scores, None, Run(current(), positive_empty_lse=False))
     return out, lse if lse is None or qv is None else lse.transpose(-1, -2), None, None
@@ -431,6 +432,7 @@ def _flash_attn_bwd(
     dsink = None if learnable_sink is None else torch.empty_like(learnable_sink, dtype=torch.float32)
     if _change_scores(functions):
         call = _call(q, k, v, sequences, scores, functions, deterministic, by_keys=True)
+        call = _modified.lowered(call, q, v, True)
         _modified.backward(call, dout, q, k, v, out, lse, dq, dk, dv, dlse, dsink)
     else:
         run = Run(current(), None, bool(deterministic))

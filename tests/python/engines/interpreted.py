@@ -1,7 +1,7 @@
 """Runs engine_cases in Triton's interpreter, on the CPU: started by test_triton_interpreted.py as a process of its own,
 since an access out of bounds is a crash there. Prints what is wrong; its exit code says whether anything was.
 
-    python interpreted.py forward|backward|cache|nan|seam float32|float16 PART PARTS
+    python interpreted.py forward|backward|cache|nan|seam|mods float32|float16 PART PARTS
 """
 
 from __future__ import annotations
@@ -202,6 +202,89 @@ def seam(report):
             report(f"{name} is finite", torch.zeros(1), torch.ones(1, dtype=torch.float64))
 
 
+def operations() -> dict:
+    """Functions of scores that, together, use every operation that traced.py has, by name."""
+    table = torch.randn(4, 120, generator=torch.Generator().manual_seed(1))
+    flags, whole = table > 0.3, (table * 10).long()
+    gain = torch.tensor(0.75)
+    where = torch.where
+    return {
+        "exponentials": lambda s, b, h, i, j: torch.exp(-s.abs()) + torch.exp2(s * 0.1) - torch.rsqrt(1 + s * s),
+        "logarithms": lambda s, b, h, i, j: torch.log(s.abs() + 1) - (s * s + 1).log2() * (s * s + 2).sqrt(),
+        "waves": lambda s, b, h, i, j: torch.sin(s) * torch.cos(s) + torch.erf(s) - torch.reciprocal(2 + s * s),
+        "sigmoid, tanh": lambda s, b, h, i, j: torch.sigmoid(s) * 3 + torch.tanh(s * 0.5) + torch.relu(s - 0.2),
+        "powers": lambda s, b, h, i, j: s**2 - 0.1 * s**3 + (s.abs() + 0.1) ** 0.5,
+        "limits": lambda s, b, h, i, j: s.clamp(-1, 2) + s.clamp(min=0) + s.clamp(max=0.5) + torch.maximum(s, -s),
+        "divisions": lambda s, b, h, i, j: (
+            s + (i - j) // 7 * 0.1 + (j - i) % 5 * 0.1 + s / 3 + 1 / (i + 1) - s.floor() * 0
+        ),
+        "signs": lambda s, b, h, i, j: s * torch.sign(i - j) + torch.minimum(s, s * 0.5) - torch.ceil(s) * 0 - (-s),
+        "logic": lambda s, b, h, i, j: (
+            where(((i < j) | (h == 1)) & ~(b == 1), s, s * 0.5) + where((i ^ j) & 1 > 0, 0.1, 0.0)
+        ),
+        "more logic": lambda s, b, h, i, j: where(torch.logical_or(i != j, h >= 2).logical_not(), s, 2.0 - s),
+        "products": lambda s, b, h, i, j: s + (i * j % 11).float() * 0.05 - torch.add(s, j, alpha=0.01) * 0.5 + (1 - s),
+        "tables": lambda s, b, h, i, j: (
+            s * gain + table[h, i - j + 55] + where(flags[h, j], 0.3, -0.3) + whole[b, i] * 0.02
+        ),
+        "from the end": lambda s, b, h, i, j: s + table[-1, -1 - j] + table[h % 2, 0],
+        "constant": lambda s, b, h, i, j: torch.zeros_like(s) + 0.5,
+    }
+
+
+def mods(report):
+    """score_mod, mask_mod and lists of blocks, forward and backward."""
+    from flash_attn.cute.compute_block_sparsity import compute_block_sparsity
+    from flash_attn.cute.interface import flash_attn_func, flash_attn_varlen_func
+    from support import cute
+
+    def both(name, call, leaves):
+        results = {}
+        for backend in ("triton", "torch"):
+            x = [y.detach().to(torch.float64 if backend == "torch" else y.dtype).requires_grad_() for y in leaves]
+            with flash_attn.use_backend(backend):
+                out, lse = call(*x)
+                loss = (out * torch.linspace(-1, 1, out.numel()).view(out.shape)).sum()
+                results[backend] = [out, lse, *torch.autograd.grad(loss + lse[lse.isfinite()].sin().sum(), x)]
+        for what, x, y in zip(("out", "lse", "dq", "dk", "dv"), *results.values(), strict=True):
+            report(f"{name}: {what}", x.detach(), y.detach().double())
+
+    q, k, v = (x.float() for x in cute.operands(cute.BASE, torch.float32))
+    for name, mod in operations().items():
+        both(name, lambda *x, mod=mod: flash_attn_func(*x, score_mod=mod, return_lse=True), (q, k, v))
+    for name, options in cute.MODS.items():
+        both(name, lambda *x, options=options: flash_attn_func(*x, **options, return_lse=True), (q, k, v))
+    sink = torch.randn(4)
+    both("sink, causal", lambda *x: flash_attn_func(
+        *x, score_mod=lambda s, b, h, i, j: s * 0.5, causal=True, learnable_sink=sink.to(x[0].dtype), return_lse=True),
+        (q, k, v))  # fmt: skip
+    by_hand = {"score_mod": lambda s, b, h, i, j: s * s, "score_mod_bwd": lambda g, s, b, h, i, j: 2 * s * g}
+    both("by hand", lambda *x: flash_attn_func(*x, **by_hand, return_lse=True), (q, k, v))
+
+    tensors, cu_q, cu_k = cute.packed(torch.float32)
+    label = torch.randint(0, 3, (sum(cute.LENGTHS_K),), generator=torch.Generator().manual_seed(4))
+
+    def of_sequence(b, h, i, j, info, aux):
+        return (j <= i) & (label[info.offset_k + j] < 2) & (j < info.seqlen_k)
+
+    both("packed", lambda *x: flash_attn_varlen_func(
+        *x, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, mask_mod=of_sequence, return_lse=True), tensors)  # fmt: skip
+    shape = {"batch_size": 2, "num_heads": 4, "seqlen_q": 37, "seqlen_k": 53}
+    mask = cute.MODS["some heads"]["mask_mod"]
+    lists = compute_block_sparsity(16, 16, **shape, mask_mod=mask, aux_tensors=None, device="cpu")
+    both("lists of each head", lambda *x: flash_attn_func(
+        *x, mask_mod=mask, block_sparse_tensors=lists, return_lse=True), (q, k, v))  # fmt: skip
+    window = lambda b, h, i, j: (i - j).abs() < 9  # noqa: E731
+    shape["num_heads"] = shape["batch_size"] = 1
+    lists = compute_block_sparsity(32, 16, **shape, mask_mod=window, aux_tensors=None, device="cpu")
+    both("lists of all", lambda *x: flash_attn_func(
+        *x, mask_mod=window, block_sparse_tensors=lists, return_lse=True), (q, k, v))  # fmt: skip
+    hidden = [x.clone() for x in (q, k, v)]
+    hidden[1][:, 40:], hidden[2][:, 40:] = torch.nan, torch.inf
+    seen = lambda b, h, i, j: (j <= i) & (j < 40)  # noqa: E731
+    both("hidden NaN", lambda *x: flash_attn_func(*x, mask_mod=seen, return_lse=True), hidden)
+
+
 def main(which: str, dtype: str, part: int, parts: int) -> int:
     bear_new_numpy()
     m = engine_cases.Maker(getattr(torch, dtype))
@@ -217,8 +300,8 @@ def main(which: str, dtype: str, part: int, parts: int) -> int:
 
         return report
 
-    if which == "seam":
-        seam(reporter("seam"))
+    if which in ("seam", "mods"):
+        {"seam": seam, "mods": mods}[which](reporter(which))
         ran = 1
     elif which == "nan":
         nan(m, reporter("nan"))

@@ -23,6 +23,7 @@ RUNS = [
     ("backward", "float32", 1, 6),
     ("nan", "float32", 0, 1),
     ("seam", "float32", 0, 1),
+    ("mods", "float32", 0, 1),
 ]
 if FULL:
     RUNS += [("backward", "float32", part, 6) for part in (0, 2, 3, 4, 5)]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -61,6 +61,8 @@ class Mods:
     score_mod reads and that count in the dtype of sums: those of 16 bits, and those that want a gradient. A backward
     adds gradients to `dreads`, None where nobody wants one.
     """
+
+    backend: ClassVar[str] = "torch"
 
     score_mod: Callable | None = None
     mask_mod: Callable | None = None

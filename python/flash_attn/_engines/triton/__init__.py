@@ -13,7 +13,7 @@ import torch
 import triton
 
 from flash_attn import _C
-from flash_attn._engines.triton import backward, configs, forward
+from flash_attn._engines.triton import backward, configs, forward, modified
 from flash_attn._engines.triton.backward import run_backward
 from flash_attn._engines.triton.device import device_of
 from flash_attn._engines.triton.forward import Plan, run_forward
@@ -35,11 +35,11 @@ class TritonEngine:
 
     def forward(self, p, t) -> None:
         with _on(t.q) as index:
-            _run(run_forward, p, t, index)
+            _run(run_forward if t.mods is None else modified.run_forward, p, t, index)
 
     def backward(self, p, t) -> None:
         with _on(t.q) as index:
-            _run(run_backward, p, t, index)
+            _run(run_backward if t.mods is None else modified.run_backward, p, t, index)
 
     def refuses(self, p) -> str:
         if _INTERPRETED and p.dtype == "bfloat16":
