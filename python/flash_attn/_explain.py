@@ -67,12 +67,12 @@ def explain(
     sequences = Sequences(
         cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k=seqused_k, block_table=block_table
     )
-    only, words = None, ""
+    only = None
     if score_mod is not None or mask_mod is not None or block_sparse_tensors is not None:
-        from flash_attn._modified import BACKEND, WORDS, refuse_other_backends
+        from flash_attn import _modified
 
-        refuse_other_backends()
-        only, words = BACKEND, f"{WORDS}: run on the backend {BACKEND}"
+        _modified.refuse_other_backends()
+        only = _modified.BACKEND
     groups = (sequences, scores, Dropout(dropout_p), Run(only or current(), None, deterministic))
     out, lse = empty_out(q, v), empty_lse(q)
     if backward:
@@ -86,5 +86,5 @@ def explain(
     problem, candidates, plan, work = answer
     candidates = [Candidate(*c) for c in candidates]
     if only is not None:
-        candidates = [c if c.backend == only else c._replace(why_not=c.why_not or words) for c in candidates]
+        candidates, plan = _modified.explained(candidates, plan, q)
     return Explanation(problem, candidates, plan, work)

@@ -54,6 +54,22 @@ def no_kernels(q: Tensor) -> str:
     return engine.refuses(asked)
 
 
+def explained(candidates: list, plan: str, q: Tensor) -> tuple[list, str]:
+    """For flash_attn.explain, which calls no function: -> the candidates, of which `torch` was named, and the plan."""
+    why_not = no_kernels(q)
+    found = []
+    for c in candidates:
+        if c.backend == KERNELS:
+            c = c._replace(chosen=not why_not, why_not=why_not)
+        elif c.backend == BACKEND:
+            c = c._replace(chosen=bool(why_not))
+        else:
+            c = c._replace(chosen=False, why_not=c.why_not or f"{WORDS}: run on the backends {KERNELS} and {BACKEND}")
+        found.append(c)
+    words = f"functions traced into Triton kernels; on the backend {BACKEND} if one cannot be"
+    return found, plan if why_not else words
+
+
 @dataclass(frozen=True)
 class Call:
     """All of a call but its differentiable tensors."""
@@ -145,6 +161,9 @@ def backward(call: Call, dout, q, k, v, out, lse, dq, dk, dv, dlse, dsink) -> No
 def _constants(call: Call, q: Tensor, k: Tensor) -> list[Tensor]:
     """What a backward reads again and has no gradient: autograd, which saves it, sees when it has been written to."""
     constants = [x for x in call.sequences if isinstance(x, Tensor)]
+    if call.lowered is not None:
+        constants += (x for x in call.lowered.tables if not x.requires_grad)
+        return [x for x in constants if not x.is_inference()]
     blocks = call.mods.blocks
     for name in VALUES if q.numel() and k.numel() else ():
         is_asked = name != "mask_mod" or blocks is None or bool((blocks.kinds == blocks.PARTIAL).any())

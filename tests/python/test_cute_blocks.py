@@ -273,3 +273,13 @@ def test_on_a_device_as_on_the_cpu():
         for device in DEVICES:
             for a, b in zip(run(device, blocks, packed), want, strict=True):
                 torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
+
+
+def test_lists_are_read_again_when_they_have_changed():
+    tensors = operands()
+    made = lists(*random_blocks(1, 1))
+    first = flash_attn_func(*tensors, block_sparse_tensors=made)[0]
+    assert torch.equal(flash_attn_func(*tensors, block_sparse_tensors=made)[0], first)
+    made.mask_block_cnt.zero_()
+    made.full_block_cnt.zero_()
+    assert not flash_attn_func(*tensors, block_sparse_tensors=made)[0].any() and first.any()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import NamedTuple
 
 import torch
@@ -157,11 +158,28 @@ def _lengths(cu: Tensor | None, used: Tensor | None, n: int, batch: int) -> list
     return lengths if used is None else used.tolist()
 
 
+_read: OrderedDict[tuple, tuple[BlockLists, tuple]] = OrderedDict()  # with the tensors, so that their ids stay theirs
+_MOST = 16
+
+
 def block_lists(tensors, name: str, q: Tensor, k: Tensor, sequences, by_keys: bool = False) -> BlockLists | None:
-    """Reads the lists of a checked call; on a device that means to wait for it. `by_keys`: they list, for every block
-    of keys, blocks of rows, as those of FlashAttention-4's backward do."""
+    """Reads the lists of a checked call; on a device that means to wait for it, once for lists that stay as they are.
+    `by_keys`: they list, for every block of keys, blocks of rows, as those of FlashAttention-4's backward do."""
     if tensors is None:
         return None
+    kept = tuple(x for x in (*tensors, *sequences) if isinstance(x, Tensor)) if isinstance(tensors, tuple) else ()
+    if not kept or any(x.is_inference() for x in kept):  # which say nothing of what is written to them
+        return _lists_of(tensors, name, q, k, sequences, by_keys)
+    numbers = tuple(repr(x) for x in (*tensors, *sequences) if not isinstance(x, Tensor))
+    key = (tuple((id(x), x._version) for x in kept), numbers, q.shape, k.shape, by_keys)
+    if key not in _read:
+        _read[key] = _lists_of(tensors, name, q, k, sequences, by_keys), kept
+        while len(_read) > _MOST:
+            _read.popitem(last=False)
+    return _read[key][0]
+
+
+def _lists_of(tensors, name: str, q: Tensor, k: Tensor, sequences, by_keys: bool) -> BlockLists:
     if not all(hasattr(tensors, field) for field in BlockSparseTensorsTorch._fields[:4]):
         raise InvalidType(f"{name}: expected a BlockSparseTensorsTorch, got {type(tensors).__name__}")
     size = tensors.block_size

@@ -51,6 +51,7 @@ class BlockLists:
 
     kinds: Tensor  # uint8 (batch | 1, nheads | 1, blocks of rows, blocks of keys), on the CPU
     size: tuple[int, int]  # rows and keys of a block
+    made: dict = field(default_factory=dict, init=False, compare=False)  # what an engine keeps of them
 
 
 @dataclass

@@ -113,6 +113,17 @@ def _lists(blocks: BlockLists | None, tile, by_keys: bool, device) -> tuple:
     entry, a head (0: the same for all) and a tile's entries. Of tiles of rows; `by_keys`: of keys."""
     if blocks is None:
         return None, None, None, None, None
+    key = tile.rows, tile.keys, by_keys, device
+    if key not in blocks.made:
+        blocks.made[key] = _listed(blocks, tile, by_keys, device)
+    made = blocks.made[key]
+    if device.type == "cuda":  # made on one stream, read on another
+        for x in made[:2]:
+            x.record_stream(torch.cuda.current_stream(device))
+    return made
+
+
+def _listed(blocks: BlockLists, tile, by_keys: bool, device) -> tuple:
     kinds = blocks.kinds.repeat_interleave(blocks.size[0] // tile.rows, -2)
     kinds = kinds.repeat_interleave(blocks.size[1] // tile.keys, -1)
     kinds = kinds.mT if by_keys else kinds

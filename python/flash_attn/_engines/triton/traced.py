@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flash_attn._engines.torch.mods import OfNumbers, SeqlenInfo, Tables, tensors_read
+from flash_attn._engines.torch.mods import OfNumbers, SeqlenInfo, Tables
 from flash_attn._engines.triton.kernels.scores import tanh
 
 MOST_TABLES, MOST_DIMENSIONS = 4, 4
@@ -242,8 +242,12 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         leaves = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        results = operation(*args, **kwargs)
         is_lookup = operation is torch.ops.aten.index.Tensor and id(args[0]) in self.tables
+        if is_lookup and all(isinstance(x, Tensor) for x in args[1]) and len(args[1]) == args[0].dim():
+            # Not done: the numbers that stand for positions may be none of the table's.
+            results = torch.zeros(torch.broadcast_shapes(*(x.shape for x in args[1])), dtype=args[0].dtype)
+        else:
+            results = operation(*args, **kwargs)
         depends = is_lookup or any(id(x) in self.names for x in leaves)
         if not depends:
             if any(id(x) in self.tables or id(x) in self.derived for x in leaves):
@@ -271,10 +275,36 @@ class Traced:
     tables: tuple[Tensor, ...]
 
 
-def _stand_in(x: Tensor) -> Tensor:
-    """Of x's shape, on the CPU, of one number. 16 bits count in fp32."""
-    dtype = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
-    return torch.zeros((), dtype=dtype).expand(x.shape).detach()
+class _StandIns(OfNumbers):
+    """Puts a tensor of one number in the place of each table that the function reads, on the CPU, of its shape; what
+    the function makes itself stays. 16 bits count in fp32."""
+
+    def __init__(self, numbers, device: torch.device, first: int):
+        super().__init__({})
+        self.device, self.first = device, first
+        self.made = {id(x): x for x in numbers}  # alive, so that ids stay theirs
+        self.tables: list[Tensor] = []
+        self.numbers_of: dict[int, tuple[Tensor, int | str]] = {}  # by the id of a stand-in: the table's number
+
+    def _stand_in(self, x):
+        if not isinstance(x, Tensor) or id(x) in self.made:
+            return x
+        if id(x) not in self.instead:
+            _check_table(x, self.device)
+            dtype = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
+            y = torch.zeros((), dtype=dtype).expand(x.shape).detach()
+            self.made[id(y)] = self.instead[id(x)] = y
+            self.numbers_of[id(y)] = y, self.first + len(self.tables)
+            self.tables.append(x)
+            if self.first + len(self.tables) > MOST_TABLES:
+                raise Untraceable(f"more than {MOST_TABLES} tables are read")
+        return self.instead[id(x)]
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        args, kwargs = pytree.tree_map(self._stand_in, (args, kwargs or {}))
+        results = super().__torch_function__(function, types, args, kwargs)
+        self.made.update((id(x), x) for x in pytree.tree_leaves(results) if isinstance(x, Tensor))
+        return results
 
 
 def _check_table(x: Tensor, device: torch.device) -> None:
@@ -288,11 +318,6 @@ def _check_table(x: Tensor, device: torch.device) -> None:
         raise Untraceable("it reads an empty table")
 
 
-def _call(function: Callable, numbers: dict, info: Tables, instead: dict[int, Tensor]):
-    with OfNumbers(instead):
-        return function(*numbers.values(), SeqlenInfo(numbers["b"], info))
-
-
 def _result(x, dtype: torch.dtype, recorder: _Recorder) -> str:
     if isinstance(x, Tensor) and x.dim() and id(x) not in recorder.names:
         raise Untraceable("it returns a tensor that is no number")
@@ -304,42 +329,35 @@ def _result(x, dtype: torch.dtype, recorder: _Recorder) -> str:
 def trace(name: str, function: Callable, device: torch.device, gradient: bool = False, first: int = 0) -> Traced:
     """`name`: of NUMBERS; `gradient`: of the derivative of score_mod, a function of (dscore, score, ...) instead;
     `first`: the number of its first table. Raises Untraceable."""
-    try:
-        tables = tensors_read(name, function, device)
-    except Exception as e:  # the call itself will say it in its own words
-        raise Untraceable(f"{type(e).__name__}: {e}") from None
-    for x in tables:
-        _check_table(x, device)
-    if first + len(tables) > MOST_TABLES:
-        raise Untraceable(f"{first + len(tables)} tables are read, {MOST_TABLES} are the most")
-    instead = {id(x): _stand_in(x) for x in tables}
-    info = Tables(*(torch.ones(2, dtype=torch.int64) for _ in _LENGTHS))
-    known = {id(y): (y, first + n) for n, y in enumerate(instead.values())}
-    known.update((id(x), (x, f"lengths[{n}]")) for n, x in enumerate(info))
+    info = Tables(*(torch.zeros(2, dtype=torch.int64) for _ in _LENGTHS))
     numbers = {
-        n: torch.ones(_SHAPES[n], dtype=torch.int64) if n in _SHAPES else torch.rand(2, 2, 2, 2) for n in NUMBERS[name]
+        n: torch.zeros(_SHAPES[n], dtype=torch.int64) if n in _SHAPES else torch.rand(2, 2, 2, 2) for n in NUMBERS[name]
     }
-    recorder = _Recorder({id(x): (x, n) for n, x in numbers.items()}, known)
+    stand_ins = _StandIns([*numbers.values(), *info], device, first)
+    stand_ins.numbers_of.update((id(x), (x, f"lengths[{n}]")) for n, x in enumerate(info))
+    recorder = _Recorder({id(x): (x, n) for n, x in numbers.items()}, stand_ins.numbers_of)
     parameters = [*numbers]
     dtype = torch.bool if name == "mask_mod" else torch.float32
+
+    def call():
+        with recorder, stand_ins:
+            return function(*numbers.values(), SeqlenInfo(numbers["b"], info))
+
     try:
         with torch.inference_mode(False), torch.set_grad_enabled(gradient):
-            if gradient:
+            if not gradient:
+                result = _result(call(), dtype, recorder)
+            else:
                 dscore = torch.rand(2, 2, 2, 2)
                 recorder.names[id(dscore)] = dscore, "dscore"
                 parameters.insert(0, "dscore")
                 numbers["score"].requires_grad_()
-                with recorder:
-                    s = _call(function, numbers, info, instead)
-                    if not (isinstance(s, Tensor) and s.requires_grad):
-                        result = "dscore * 0.0"
-                    else:
-                        recorder.is_autograd = True
+                s, du = call(), None
+                if isinstance(s, Tensor) and s.requires_grad:
+                    recorder.is_autograd = True
+                    with recorder:
                         (du,) = torch.autograd.grad(s.expand(2, 2, 2, 2), numbers["score"], dscore, allow_unused=True)
-                        result = "dscore * 0.0" if du is None else _result(du, dtype, recorder)
-            else:
-                with recorder:
-                    result = _result(_call(function, numbers, info, instead), dtype, recorder)
+                result = "dscore * 0.0" if du is None else _result(du, dtype, recorder)
     except Untraceable:
         raise
     except Exception as e:  # a branch on a number, an operation without broadcasting, ...
@@ -347,7 +365,7 @@ def trace(name: str, function: Callable, device: torch.device, gradient: bool = 
     source = "\n    ".join(
         [f"def mod({', '.join(parameters)}, lengths, tables, sizes):", *recorder.lines, f"return {result}"]
     )
-    return Traced(_compiled(source + "\n"), tables)
+    return Traced(_compiled(source + "\n"), tuple(stand_ins.tables))
 
 
 @functools.lru_cache(1024)
