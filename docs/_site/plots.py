@@ -82,7 +82,7 @@ def decode(figure) -> None:
 
 def gpu(figure) -> None:
     """TFLOP/s on one NVIDIA H200 in bf16 by sequence length, headdim 128, causal"""
-    styles = {"plus": "Triton (ours)", "torch_fa2": "PyTorch's FlashAttention-2"}
+    styles = {"plus": "Triton (ours)", "torch_fa2": "PyTorch's FlashAttention-2", "torch_cudnn": "cuDNN"}
     for axes, direction in zip(figure.subplots(1, 2), ("forward", "backward"), strict=True):
         for colour, (impl, label) in zip(COLOURS, styles.items(), strict=False):
             wanted = {"headdim": 128, "causal": True, "varlen": False, "tokens": 16384, "nheads_k": 16}

@@ -38,4 +38,4 @@ def ratios(file: str, of: str, to: str, /, **wanted) -> list[float]:
     """tflops of one implementation over another's, shape by shape."""
     shape = lambda r: tuple(r[key] for key in _SHAPE)  # noqa: E731
     other = {shape(r): r["tflops"] for r in choose(file, impl=to, **wanted)}
-    return [r["tflops"] / other[shape(r)] for r in choose(file, impl=of, **wanted) if other[shape(r)]]
+    return [r["tflops"] / other[shape(r)] for r in choose(file, impl=of, **wanted) if other.get(shape(r))]

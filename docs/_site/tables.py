@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from results import choose, geometric_mean, ratios, records
+from results import choose, geometric_mean, only, ratios, records
 
 # A column of a table: its title, and the files of the forward and of the backward (or None).
 PEERS = {
@@ -38,9 +38,46 @@ def gpu() -> str:
     rows = []
     for direction in ("forward", "backward"):
         fa2 = ratios("nvidia-h200/gpu", "plus", "torch_fa2", name=direction, varlen=False, tokens=16384)
-        cudnn = ratios("nvidia-h200/triton", "triton", "torch-cudnn", name=direction)
+        cudnn = ratios("nvidia-h200/gpu", "plus", "torch_cudnn", name=direction, varlen=False, tokens=16384)
         rows.append([f"`triton`, {direction}", _cell(fa2), _cell(cudnn)])
-    return _table(["one NVIDIA H200, bf16", "against PyTorch's FlashAttention-2", "against cuDNN, earlier"], rows)
+    return _table(["one NVIDIA H200, bf16", "against PyTorch's FlashAttention-2", "against cuDNN"], rows)
+
+
+def gpu_others() -> str:
+    """Shapes that some of the others have."""
+    rows = []
+    packed = ratios("nvidia-h200/gpu-flaggems", "plus", "flaggems", name="forward", varlen=True)
+    rows.append(["FlagGems 5.0.2, packed sequences, forward", _cell(packed)])
+    for direction in ("forward", "backward"):
+        flex = ratios("nvidia-h200/gpu-flex", "plus", "torch_flex", name=direction)
+        rows.append([f"compiled FlexAttention, seqlen 8192, {direction}", _cell(flex)])
+    return _table(["one NVIDIA H200, bf16", "geometric mean (smallest), shapes"], rows)
+
+
+def pages() -> str:
+    """Decoding from pages, as a part of the rate from the same rows in order, measured in turns."""
+    sizes = (16, 64, 256)
+    rows = []
+    for batch, seqlen, headdim in ((16, 8192, 128), (128, 1024, 64)):
+        shape = {"batch": batch, "seqlen": seqlen, "headdim": headdim}
+        parts = []
+        for size in sizes:
+            plus, order = (only("nvidia-h200/gpu", impl=x, page_size=size, **shape) for x in ("plus", "plus_unpaged"))
+            parts.append(f"{plus['tbs'] / order['tbs']:.2f}")
+        rows.append([f"{batch} sequences of {seqlen} keys, headdim {headdim}", *parts])
+    return _table(["one NVIDIA H200, bf16, 32:8 heads", *(f"pages of {n}" for n in sizes)], rows)
+
+
+def mods() -> str:
+    """Milliseconds of the GPU for functions of scores."""
+    names = {"triton": "`triton`", "torch": "`torch`", "torch_flex": "compiled FlexAttention"}
+    rows = [
+        [r["case"], names[r["impl"]], *(f"{r[f'{x}_us'] / 1e3:.2f}" for x in ("forward", "forward_host", "backward"))]
+        for r in choose("nvidia-h200/mods")
+    ]
+    return _table(
+        ["8192 queries and keys, 16 heads of 128, bf16", "by", "forward, ms", "of the host", "backward, ms"], rows
+    )
 
 
 def host() -> str:
@@ -92,4 +129,7 @@ def overhead() -> str:
     return _table(head, rows)
 
 
-TABLES = {"peers": peers, "gpu": gpu, "host": host, "device_tests": device_tests, "overhead": overhead}
+TABLES = {
+    "peers": peers, "gpu": gpu, "gpu_others": gpu_others, "pages": pages, "mods": mods, "host": host,
+    "device_tests": device_tests, "overhead": overhead,
+}  # fmt: skip
