@@ -6,10 +6,12 @@
 #include <algorithm>
 #include <charconv>
 #include <cmath>
+#include <cstdlib>
 #include <numeric>
 #include <optional>
 #include <string>
 #include <string_view>
+#include <type_traits>
 #include <vector>
 
 namespace flash_attn::cli {
@@ -17,9 +19,16 @@ namespace {
 
 template <class T>
 std::optional<T> parsed(const std::string& text) {
+  const char* const last = text.data() + text.size();
   T x{};
-  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), x);
-  if (error != std::errc{} || end != text.data() + text.size()) return std::nullopt;
+  if constexpr (std::is_floating_point_v<T>) {  // macOS has no from_chars for them
+    char* end = nullptr;
+    x = std::strtod(text.c_str(), &end);
+    if (text.empty() || end != last) return std::nullopt;
+  } else {
+    const auto [end, error] = std::from_chars(text.data(), last, x);
+    if (error != std::errc{} || end != last) return std::nullopt;
+  }
   return x;
 }
 

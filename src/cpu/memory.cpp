@@ -95,10 +95,10 @@ static void advise_huge_pages(const Operand& x, int64_t batches, int64_t rows, i
                        (cols - 1) * x.stride_col;
   if (x.stride_col != 1 || last + 1 != batches * rows * heads * cols) return;  // memory between its rows is not its own
   const auto size = static_cast<int64_t>(size_of(x.dtype));
-  const auto begin = reinterpret_cast<std::intptr_t>(x.data), end = begin + (last + 1) * size;
+  const std::intptr_t begin = reinterpret_cast<std::intptr_t>(x.data), end = begin + (last + 1) * size;
   const std::intptr_t first = (begin + kPage - 1) / kPage * kPage, beyond = end / kPage * kPage;
   if (beyond - first >= 2 * kPage)
-    advise_huge_pages(reinterpret_cast<void*>(first), static_cast<std::size_t>(beyond - first));
+    advise_huge_pages(static_cast<char*>(x.data) + (first - begin), static_cast<std::size_t>(beyond - first));
 }
 
 void advise_huge_pages(const Problem& p) {

@@ -34,7 +34,8 @@ TEST(Memory, AnArenaThatCountsSaysWhatIsTaken) {
   EXPECT_EQ(arena.taken(), 0);
 }
 
-#if !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
+// Linux bounds the address space, and tells how much of it is taken.
+#if defined(__linux__) && !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
 int64_t address_space() {
   int64_t pages = 0;
   std::ifstream("/proc/self/statm") >> pages;

@@ -95,6 +95,7 @@ TEST(Threads, ByPlaceEveryTaskRunsOnce) {
   set_num_threads(0);
 }
 
+#ifdef __linux__  // tells it
 /// How often each other thread of this process has gone to sleep.
 std::map<std::string, int64_t> sleeps() {
   std::map<std::string, int64_t> counts;
@@ -124,6 +125,7 @@ TEST(Threads, AJobWakesNoMoreWorkersThanItHasTasks) {
   EXPECT_GE(woken, 1);
   set_num_threads(0);
 }
+#endif
 
 /// The most workers that a call asks a host for.
 int64_t asked_for(const std::function<void()>& call) {
