@@ -54,3 +54,22 @@ def test_jobs_have_limits(path: Path) -> None:
         for step in job.get("steps", ()):
             if step.get("uses", "").startswith("actions/checkout@"):
                 assert step["with"]["persist-credentials"] is False, name
+
+
+# What bash 3.2 (macOS has no newer one) or the tools of macOS lack.
+UNPORTABLE = {
+    r"@\(|\+\(|!\([^(]": "extended patterns need a shopt that newer ones do without",
+    r"\b(mapfile|readarray|coproc)\b|(declare|local|readonly) -[a-z]*[An]": "bash 4",
+    r"\$\{\w+(,,?|\^\^?|@\w)\}|&>>|\|&|;&": "bash 4",
+    r"\b(sha256sum|nproc|readlink -f|realpath|sed -i|date -d|stat -c|timeout|flock|tac|xargs (-r|--no))\b": "Linux's",
+    r"\bpaste (?!.* -;)": "BSD's paste reads no input unasked",
+}
+
+
+@pytest.mark.parametrize("pattern", UNPORTABLE)
+def test_dev_runs_on_macos(pattern: str) -> None:
+    """No Mac was at hand to try it on; this is what can be seen without one."""
+    code = [x for x in DEV.split("\nHELP\n")[1].splitlines() if not x.lstrip().startswith("#")]
+    assert len(code) > 300
+    lines = [x for x in code if re.search(pattern, x) and not x.startswith("sha256() {")]
+    assert not lines, UNPORTABLE[pattern]
