@@ -95,8 +95,27 @@ def check(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, scores: Scores)
     _C.forward(q, k, v, empty_out(q, v), empty_lse(q), sequences, scores, None, run, None, None, None, False)
 
 
-def lowered(call: Call, q: Tensor, v: Tensor, gradient: bool) -> Call:
-    """With its functions in Triton kernels, if they can be there. `gradient`: a backward will follow."""
+def _with_reads(call: Call, q: Tensor) -> Call:
+    """For the torch engine, which must know what score_mod reads."""
+    mods = call.mods
+    if mods.score_mod is None:
+        return call
+    reads = (x for x in tensors_read("score_mod", mods.score_mod, q.device) if x.is_floating_point())
+    reads = tuple(x for x in reads if x.requires_grad or torch.finfo(x.dtype).bits <= 16)
+    wanted = any(x.requires_grad for x in reads) and torch.is_grad_enabled()
+    if wanted and mods.score_mod_bwd is not None:
+        raise NotServed(
+            "score_mod_bwd: gives no gradient of the tensors that score_mod reads; leave it out, and autograd does, or "
+            "detach them"
+        )
+    return replace(call, mods=replace(mods, reads=reads, dreads=(None,) * len(reads)))
+
+
+def prepared(call: Call, q: Tensor, k: Tensor, v: Tensor, gradient: bool) -> Call:
+    """With its functions in Triton kernels, if they can be there; else for the torch engine. `gradient`: a backward of
+    q, k or v will follow."""
+    if not (q.numel() and k.numel()):
+        return call
     why_not = no_kernels(q)
     if not why_not:
         from flash_attn._engines.triton.modified import Untraceable, lower
@@ -107,7 +126,7 @@ def lowered(call: Call, q: Tensor, v: Tensor, gradient: bool) -> Call:
             why_not = str(e)
     if _named() == KERNELS:
         raise NotServed(f"{WORDS}: the backend {KERNELS} was asked for by name, and cannot: {why_not}")
-    return call
+    return _with_reads(call, q)
 
 
 def _of_heads(x: Tensor | None, heads: slice) -> Tensor | None:
@@ -211,11 +230,14 @@ class _Modified(torch.autograd.Function):
 
 def attention(call: Call, q: Tensor, k: Tensor, v: Tensor, wants_lse: bool) -> tuple[Tensor, Tensor | None]:
     """-> out, lse (None unless it is wanted, or a gradient is). The call has passed check()."""
-    sink, reads = call.scores.learnable_sink, call.mods.reads
-    gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, sink, *reads))
-    if q.numel() and k.numel():
-        call = lowered(call, q, v, gradient)
-    if gradient:
+    sink = call.scores.learnable_sink
+
+    def wanted(*tensors) -> bool:
+        return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+    call = prepared(call, q, k, v, wanted(q, k, v, sink))
+    reads = call.mods.reads
+    if wanted(q, k, v, sink, *reads):
         return _Modified.apply(call, q, k, v, sink, *reads)
     out, lse = empty_out(q, v), empty_lse(q) if wants_lse else None
     forward(call, q, k, v, out, lse)

@@ -18,7 +18,7 @@ from flash_attn import _attention, _modified, _run
 from flash_attn._autograd_class import autograd_class
 from flash_attn._backend import current
 from flash_attn._call import Run, Scores, Sequences, check_tensors
-from flash_attn._engines.torch.mods import Mods, tensors_read
+from flash_attn._engines.torch.mods import Mods
 from flash_attn._errors import InvalidArgument, NotServed
 from flash_attn._tensors import empty_lse, empty_out
 from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch, block_lists
@@ -133,18 +133,7 @@ def _call(q, k, v, sequences, scores, functions: _Functions, deterministic=False
         raise InvalidArgument("score_mod_bwd: expected None without score_mod")
     _modified.check(q, k, v, sequences, scores)
     blocks = block_lists(functions.block_sparse_tensors, "block_sparse_tensors", q, k, sequences, by_keys)
-    reads = ()
-    if made["score_mod"] is not None and q.numel() and k.numel():
-        reads = (x for x in tensors_read("score_mod", made["score_mod"], q.device) if x.is_floating_point())
-        reads = tuple(x for x in reads if x.requires_grad or torch.finfo(x.dtype).bits <= 16)
-        wanted = any(x.requires_grad for x in reads) and torch.is_grad_enabled()
-        if wanted and made["score_mod_bwd"] is not None:
-            raise NotServed(
-                "score_mod_bwd: gives no gradient of the tensors that score_mod reads; leave it out, and autograd "
-                "does, or detach them"
-            )
-    mods = Mods(**made, reads=reads, dreads=(None,) * len(reads), blocks=blocks)
-    return _modified.Call(sequences, scores, mods, bool(deterministic))
+    return _modified.Call(sequences, scores, Mods(**made, blocks=blocks), bool(deterministic))
 
 
 @torch.compiler.disable  # a graph is broken here
@@ -366,7 +355,7 @@ def _flash_attn_fwd(
     elif lse is None and wants_lse:
         lse = empty_lse(q)
     if _change_scores(functions):
-        call = _modified.lowered(_call(q, k, v, sequences, scores, functions), q, v, False)
+        call = _modified.prepared(_call(q, k, v, sequences, scores, functions), q, k, v, False)
         _modified.forward(call, q, k, v, out, lse)
     else:
         _run.forward(q, k, v, out, lse, sequences, scores, None, Run(current(), positive_empty_lse=False))
@@ -432,7 +421,7 @@ def _flash_attn_bwd(
     dsink = None if learnable_sink is None else torch.empty_like(learnable_sink, dtype=torch.float32)
     if _change_scores(functions):
         call = _call(q, k, v, sequences, scores, functions, deterministic, by_keys=True)
-        call = _modified.lowered(call, q, v, True)
+        call = _modified.prepared(call, q, k, v, True)
         _modified.backward(call, dout, q, k, v, out, lse, dq, dk, dv, dlse, dsink)
     else:
         run = Run(current(), None, bool(deterministic))

@@ -91,10 +91,13 @@ def test_what_no_kernel_takes_of_a_call():
     with pytest.raises(Untraceable, match="no multiples of 16"):
         modified.lower(Mods(blocks=blocks), q, q, False)
     reads = torch.randn(4, requires_grad=True)
-    mods = Mods(score_mod=of(lambda s, b, h, i, j: s + reads[h]), reads=(reads,), dreads=(None,))
-    with pytest.raises(Untraceable, match="a gradient of a tensor that it reads"):
-        modified.lower(mods, q, q, True)
-    assert modified.lower(mods, q, q, False).tables == (reads,)
+    mods = Mods(score_mod=of(lambda s, b, h, i, j: s + reads[h]))
+    for gradient in (False, True):
+        with pytest.raises(Untraceable, match="a gradient of a tensor that it reads"):
+            modified.lower(mods, q, q, gradient)
+        with torch.no_grad():
+            tables = modified.lower(mods, q, q, gradient).tables
+            assert len(tables) == 1 and tables[0] is reads
 
 
 def test_a_call_that_names_triton_says_why_not():

@@ -54,13 +54,13 @@ def lower(mods: Mods, q: Tensor, v: Tensor, gradient: bool) -> Lowered:
         raise Untraceable(f"headdim is above {MOST_COLUMNS}")
     if mods.blocks is not None and any(size % SMALLEST_TILE for size in mods.blocks.size):
         raise Untraceable(f"block_size: {mods.blocks.size} are no multiples of {SMALLEST_TILE}")
-    if gradient and any(x.requires_grad for x in mods.reads):
-        raise Untraceable("score_mod: a gradient of a tensor that it reads is asked for")
     score = pull = mask = None
     first = 0
     if mods.score_mod is not None:
         score = _trace("score_mod", mods.score_mod, q.device)
         first = len(score.tables)
+        if torch.is_grad_enabled() and any(x.requires_grad for x in score.tables):
+            raise Untraceable("score_mod: a gradient of a tensor that it reads is asked for")
         if gradient and mods.score_mod_bwd is None:
             pull = _trace("score_mod", mods.score_mod, q.device, True)
     tables = score.tables if score else ()
