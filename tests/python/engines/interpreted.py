@@ -213,7 +213,9 @@ def operations() -> dict:
         "logarithms": lambda s, b, h, i, j: torch.log(s.abs() + 1) - (s * s + 1).log2() * (s * s + 2).sqrt(),
         "waves": lambda s, b, h, i, j: torch.sin(s) * torch.cos(s) + torch.erf(s) - torch.reciprocal(2 + s * s),
         "sigmoid, tanh": lambda s, b, h, i, j: torch.sigmoid(s) * 3 + torch.tanh(s * 0.5) + torch.relu(s - 0.2),
-        "powers": lambda s, b, h, i, j: s**2 - 0.1 * s**3 + (s.abs() + 0.1) ** 0.5,
+        "powers": lambda s, b, h, i, j: (
+            2.0 ** -(h + 1) * (i - j).abs() + 0.7**s + s**2 - 0.1 * s**3 + (s.abs() + 0.1) ** 0.5
+        ),
         "limits": lambda s, b, h, i, j: s.clamp(-1, 2) + s.clamp(min=0) + s.clamp(max=0.5) + torch.maximum(s, -s),
         "divisions": lambda s, b, h, i, j: (
             s + (i - j) // 7 * 0.1 + (j - i) % 5 * 0.1 + s / 3 + 1 / (i + 1) - s.floor() * 0

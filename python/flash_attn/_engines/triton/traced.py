@@ -204,6 +204,9 @@ class _Recorder(TorchDispatchMode):
             return text if high is None else f"tl.minimum({text}, {self.name_of(high, dtype)})"
         if name == "pow" and isinstance(args[1], (int, float)) and dtype == torch.float32:
             return _power(self.name_of(args[0], dtype), float(args[1]))
+        if name == "pow" and isinstance(args[0], (int, float)) and args[0] > 0 and dtype == torch.float32:
+            x = self.name_of(args[1], dtype)
+            return f"tl.exp2({x})" if args[0] == 2 else f"tl.exp2({math.log2(args[0])!r} * {x})"
         if name == "sign" or name == "sgn":
             x = self.name_of(args[0], dtype)
             return f"(({x} > 0).to(tl.int32) - ({x} < 0).to(tl.int32))" + (
