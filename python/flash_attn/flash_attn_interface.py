@@ -170,7 +170,7 @@ def _flash_attn_varlen_backward(
     )  # fmt: skip
 
 
-def _fake(function, shapes):
+def fake_of(function, shapes):
     """Upstream's name for the shapes of an operator's results: its arguments, tensors of uninitialised memory back."""
     signature = inspect.signature(function)
 
@@ -184,10 +184,10 @@ def _fake(function, shapes):
     return fake
 
 
-_flash_attn_forward_fake = _fake(_flash_attn_forward, _ops.fake_forward)
-_flash_attn_varlen_forward_fake = _fake(_flash_attn_varlen_forward, _ops.fake_forward)
-_flash_attn_backward_fake = _fake(_flash_attn_backward, _ops.fake_softmax_d)
-_flash_attn_varlen_backward_fake = _fake(_flash_attn_varlen_backward, _ops.fake_softmax_d)
+_flash_attn_forward_fake = fake_of(_flash_attn_forward, _ops.fake_forward)
+_flash_attn_varlen_forward_fake = fake_of(_flash_attn_varlen_forward, _ops.fake_forward)
+_flash_attn_backward_fake = fake_of(_flash_attn_backward, _ops.fake_softmax_d)
+_flash_attn_varlen_backward_fake = fake_of(_flash_attn_varlen_backward, _ops.fake_softmax_d)
 
 
 def _check_packed(name: str, x: Tensor, ndim: int, parts: int) -> None:

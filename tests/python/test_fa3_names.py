@@ -154,3 +154,14 @@ def test_may_be_imported_first(module):
     code = f"import {module}, torch; print(torch.ops.flash_attn_3.fwd.default._schema.name)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout == "flash_attn_3::fwd\n", done.stderr
+
+
+def test_the_shapes_that_fakes_tell():
+    q, k = torch.randn(2, 9, 4, 16), torch.randn(2, 12, 2, 16)
+    real = interface._flash_attn_forward(q, k, k, causal=True)
+    told = interface._flash_attn_forward_fake(q, k, k, causal=True)
+    assert [(x.shape, x.dtype) for x in told] == [(x.shape, x.dtype) for x in real]
+    gradients = [torch.empty_like(x) for x in (q, k, k)]
+    call = (q, q, k, k, *real[:2], None, None, None, None, None, None, *gradients)
+    softmax_d = interface._flash_attn_backward_fake(*call)
+    assert softmax_d.shape == interface._flash_attn_backward(*call).shape and softmax_d.dtype == torch.float32

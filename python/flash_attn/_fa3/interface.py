@@ -20,13 +20,13 @@ from torch import Tensor
 from flash_attn._autograd_class import autograd_class
 from flash_attn._call import FIXED, Scores, Sequences, check_tensors, scores_of, show_keywords
 from flash_attn._errors import InvalidArgument, InvalidType
-from flash_attn._fa3 import operators  # noqa: F401  # defines torch.ops.flash_attn_3
+from flash_attn._fa3 import operators  # defines torch.ops.flash_attn_3
 from flash_attn._fa3.attend import attend, attend_cache, check_hints
 from flash_attn._fa3.combine import flash_attn_combine
 from flash_attn._fa3.fp8 import FP8, Descales
 from flash_attn._fa3.private import _flash_attn_backward, _flash_attn_forward, no_partials
 from flash_attn._kvcache import joining, used_keys
-from flash_attn.flash_attn_interface import maybe_contiguous, round_multiple
+from flash_attn.flash_attn_interface import fake_of, maybe_contiguous, round_multiple
 
 __all__ = [
     "FlashAttnFunc",
@@ -34,7 +34,9 @@ __all__ = [
     "FlashAttnVarlenFunc",
     "USE_TRITON_ROCM",
     "_flash_attn_backward",
+    "_flash_attn_backward_fake",
     "_flash_attn_forward",
+    "_flash_attn_forward_fake",
     "flash_attn_3_gpu",
     "flash_attn_combine",
     "flash_attn_func",
@@ -49,6 +51,8 @@ __all__ = [
 
 USE_TRITON_ROCM = False
 flash_attn_3_gpu = torch.ops.flash_attn_3
+_flash_attn_forward_fake = fake_of(_flash_attn_forward, operators.fake_forward)
+_flash_attn_backward_fake = fake_of(_flash_attn_backward, operators.fake_backward)
 
 _OF_SCORES = {"alibi_slopes": None, "learnable_sink": None, "attn_bias": None, "s_aux": None}
 

@@ -92,13 +92,16 @@ def _renamed(function):
     return lambda call: function({_RENAMED.get(name, name): x for name, x in call.items()})
 
 
+fake_forward = _renamed(_fake_forward)
+
+
 define(
     "_flash_attn_forward(Tensor q, Tensor k, Tensor v, Tensor? k_new=None, Tensor? v_new=None, Tensor? qv=None, "
     f"Tensor? out_=None, {_TABLES}, {_MASK.replace('is_causal', 'causal')}, SymInt attention_chunk=0, "
     "float softcap=0.0, bool rotary_interleaved=True, Tensor? scheduler_metadata=None, "
     f"{_HINTS.replace('num_splits=0', 'num_splits=1')}) -> (Tensor, Tensor, Tensor, Tensor)",
     _renamed(_forward),
-    _renamed(_fake_forward),
+    fake_forward,
     _renamed(_forward_flops),
     "flash_attn_3",
 )
@@ -139,13 +142,14 @@ define(
 )
 
 
+fake_backward = _renamed(lambda call: _fake_backward(call)[0])
 define(
     "_flash_attn_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse, "
     "Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, Tensor? sequed_q=None, Tensor? sequed_k=None, "
     f"{_LENGTHS}, Tensor(a!)? dq=None, Tensor(b!)? dk=None, Tensor(c!)? dv=None, float? softmax_scale=None, {_MASK}, "
     "float softcap=0.0, bool deterministic=False, SymInt sm_margin=0) -> Tensor",
     _renamed(lambda call: _backward(call)[0]),
-    _renamed(lambda call: _fake_backward(call)[0]),
+    fake_backward,
     backward_flops,
     "flash_attn_3",
 )

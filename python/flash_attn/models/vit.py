@@ -15,7 +15,14 @@ from flash_attn.modules.mha import MHA
 from flash_attn.modules.mlp import FusedMLP, Mlp
 from flash_attn.ops.triton.layer_norm import layer_norm_fn
 
-__all__ = ["VisionTransformer", "create_block", "create_mixer_cls", "create_mlp_cls", "vit_base_patch16_224"]
+__all__ = [
+    "VisionTransformer",
+    "create_block",
+    "create_mixer_cls",
+    "create_mlp_cls",
+    "init_weights_vit_timm",
+    "vit_base_patch16_224",
+]
 
 
 def create_mixer_cls(num_heads, qkv_bias, attn_drop, use_flash_attn, fused_bias_fc, cross_attn=False):
@@ -73,7 +80,7 @@ def create_block(
     )
 
 
-def _init_weights(module: nn.Module) -> None:
+def init_weights_vit_timm(module: nn.Module, name: str = "") -> None:
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
@@ -173,7 +180,7 @@ class VisionTransformer(nn.Module):
         self.head = nn.Linear(embed_dim, num_classes) if num_classes > 0 else nn.Identity()
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         nn.init.normal_(self.cls_token, std=1e-6)
-        self.apply(_init_weights)
+        self.apply(init_weights_vit_timm)
 
     def no_weight_decay(self):
         return {"pos_embed", "cls_token"}
