@@ -44,6 +44,7 @@ def llama2(**options):
 
 DECODERS = {
     "gpt2": gpt2,
+    "gpt2, an output of its own": partial(gpt2, tie_word_embeddings=False),
     "gpt2, scaled by layer, padded": partial(gpt2, scale_attn_by_inverse_layer_idx=True, pad_vocab_size_multiple=8),
     "llama": llama2,
     "llama, tied, biases": partial(llama2, tie_word_embeddings=True, attention_bias=True, mlp_bias=True),
