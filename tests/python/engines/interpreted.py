@@ -230,6 +230,13 @@ def operations() -> dict:
             s * gain + table[h, i - j + 55] + where(flags[h, j], 0.3, -0.3) + whole[b, i] * 0.02
         ),
         "from the end": lambda s, b, h, i, j: s + table[-1, -1 - j] + table[h % 2, 0],
+        "numbers that are none": lambda s, b, h, i, j: (
+            where(torch.maximum(s / 0 * 0, s).clamp(min=0) != s, s, 7.0)
+            + where(torch.sign(s / 0 * 0) == 0, 5.0, s)
+            + torch.remainder(s * 3, -0.7)
+            + torch.remainder(s, 0.3) * 0.5
+        ),
+        "sums of bools": lambda s, b, h, i, j: where((i < j) + (h == 1), s, s * 0.5),
         "constant": lambda s, b, h, i, j: torch.zeros_like(s) + 0.5,
     }
 
@@ -257,6 +264,9 @@ def mods(report):
         both(name, lambda *x, mod=mod: flash_attn_func(*x, score_mod=mod, return_lse=True), small)
     for name, options in cute.MODS.items():
         both(name, lambda *x, options=options: flash_attn_func(*x, **options, return_lse=True), (q, k, v))
+    for always in (True, False):
+        both(f"always {always}", lambda *x, mask=always: flash_attn_func(
+            *x, mask_mod=lambda b, h, i, j: mask, return_lse=True), small)  # fmt: skip
     sink = torch.randn(4)
     both("sink, causal", lambda *x: flash_attn_func(
         *x, score_mod=lambda s, b, h, i, j: s * 0.5, causal=True, learnable_sink=sink.to(x[0].dtype), return_lse=True),

@@ -40,6 +40,30 @@ class Untraceable(Exception):
 
 
 @triton.jit
+def larger(a, b):
+    """torch.maximum: NaN if one is."""
+    return tl.where((a > b) | (a != a), a, b)
+
+
+@triton.jit
+def smaller(a, b):
+    return tl.where((a < b) | (a != a), a, b)
+
+
+@triton.jit
+def sign(x):
+    """-1, 0 or 1, in x's type; 0 of NaN, as PyTorch has it."""
+    return (tl.where(x > 0, 1, 0) - tl.where(x < 0, 1, 0)).to(x.dtype)
+
+
+@triton.jit
+def remainder(a, b):
+    """Of fp32, with b's sign; exact."""
+    r = a % b
+    return tl.where((r != 0) & ((r < 0) != (b < 0)), r + b, r)
+
+
+@triton.jit
 def look_up(table, at, size):
     """One index of a table: a negative one counts from the end, as in PyTorch; none leads outside."""
     at = tl.where(at < 0, at + size, at)
@@ -55,8 +79,8 @@ _FLOAT = {
     "tanh_backward": "({0} * (1.0 - {1} * {1}))", "sigmoid_backward": "({0} * (1.0 - {1}) * {1})",
 }  # fmt: skip
 _NUMBER = {
-    "neg": "(-{})", "abs": "tl.abs({})", "mul": "({} * {})", "maximum": "tl.maximum({}, {})",
-    "minimum": "tl.minimum({}, {})", "relu": "tl.maximum({}, 0)", "alias": "{}", "detach": "{}", "clone": "{}",
+    "neg": "(-{})", "abs": "tl.abs({})", "mul": "({} * {})", "maximum": "larger({}, {})",
+    "minimum": "smaller({}, {})", "relu": "larger({}, 0)", "alias": "{}", "detach": "{}", "clone": "{}",
     "_to_copy": "{}", "view": "{}", "expand": "{}",
 }  # fmt: skip
 _COMPARISONS = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
@@ -178,6 +202,8 @@ class _Recorder(TorchDispatchMode):
             alpha = kwargs.get("alpha", args[2] if len(args) > 2 else 1)
             if name == "rsub":
                 a, b = b, a
+            if dtype == torch.bool:
+                return f"({a} | {b})"
             if alpha != 1:
                 b = f"({b} * {self.name_of(alpha, dtype)})"
             return f"({a} {'+' if name == 'add' else '-'} {b})"
@@ -195,24 +221,24 @@ class _Recorder(TorchDispatchMode):
             return self._quotient(args, "floor", dtype)
         if name == "remainder":
             a, b = (self.name_of(x, dtype) for x in args[:2])
+            if dtype.is_floating_point:
+                return f"remainder({a}, {b})"
             return f"({a} - {self._quotient(args, 'floor', dtype)} * {b})"
         if name in ("clamp", "clamp_min", "clamp_max"):
             low, high = (args[1:] + (kwargs.get("min"), kwargs.get("max")))[:2] if name == "clamp" else (
                 (args[1], None) if name == "clamp_min" else (None, args[1]))  # fmt: skip
             text = self.name_of(args[0], dtype)
-            text = text if low is None else f"tl.maximum({text}, {self.name_of(low, dtype)})"
-            return text if high is None else f"tl.minimum({text}, {self.name_of(high, dtype)})"
+            text = text if low is None else f"larger({text}, {self.name_of(low, dtype)})"
+            return text if high is None else f"smaller({text}, {self.name_of(high, dtype)})"
         if name == "pow" and isinstance(args[1], (int, float)) and dtype == torch.float32:
             return _power(self.name_of(args[0], dtype), float(args[1]))
         if name == "pow" and isinstance(args[0], (int, float)) and args[0] > 0 and dtype == torch.float32:
             x = self.name_of(args[1], dtype)
             return f"tl.exp2({x})" if args[0] == 2 else f"tl.exp2({math.log2(args[0])!r} * {x})"
         if name == "sign" or name == "sgn":
-            x = self.name_of(args[0], dtype)
-            return f"(({x} > 0).to(tl.int32) - ({x} < 0).to(tl.int32))" + (
-                ".to(tl.float32)" if dtype.is_floating_point else "")  # fmt: skip
+            return f"sign({self.name_of(args[0], dtype)})"
         if name == "threshold_backward":
-            return f"tl.where({self.name_of(args[1])} > {self.name_of(args[2], dtype)}, {self.name_of(args[0])}, 0.0)"
+            return f"tl.where({self.name_of(args[1])} <= {self.name_of(args[2], dtype)}, 0.0, {self.name_of(args[0])})"
         if name in _CONSTANT or name == "full_like":
             value = args[1] if name == "full_like" else _CONSTANT[name]
             return self.name_of(value if dtype.is_floating_point else type(value)(value), dtype)
@@ -326,6 +352,8 @@ def _result(x, dtype: torch.dtype, recorder: _Recorder) -> str:
         raise Untraceable("it returns a tensor that is no number")
     if isinstance(x, Tensor) and (x.dtype == torch.bool) != (dtype == torch.bool):
         raise Untraceable("it returns the wrong kind of number")
+    if dtype == torch.bool and not (isinstance(x, Tensor) and id(x) in recorder.names):
+        return "(h >= 0)" if x else "(h < 0)"  # a number of the kernel, where Python's would be a constant
     return recorder.name_of(x, dtype)
 
 
@@ -376,6 +404,15 @@ def _compiled(source: str):
     """The Triton function of a source: one object for one text, by which kernels are told apart."""
     name = f"<score function {abs(hash(source)):x}>"
     linecache.cache[name] = (len(source), None, source.splitlines(True), name)
-    scope = {"tl": tl, "tanh": tanh, "look_up": look_up, "__name__": __name__}
+    scope = {
+        "tl": tl,
+        "tanh": tanh,
+        "look_up": look_up,
+        "larger": larger,
+        "smaller": smaller,
+        "sign": sign,
+        "remainder": remainder,
+        "__name__": __name__,
+    }
     exec(compile(source, name, "exec"), scope)
     return triton.jit(scope["mod"])
