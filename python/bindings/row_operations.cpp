@@ -1,5 +1,8 @@
 #include "row_operations.hpp"
 
+#include <type_traits>
+
+#include "cpu/rms_norm.hpp"
 #include "cpu/rotary.hpp"
 #include "from_python.hpp"
 #include "host_threads.hpp"
@@ -16,7 +19,7 @@ Tensor on_cpu(nb::handle object, const char* name, Owners& owners, Holds holds =
 }
 
 template <class Call>
-void run(void (*function)(const Call&), const Call& call) {
+void run(void (*function)(const Call&), const std::type_identity_t<Call>& call) {
   nb::gil_scoped_release free_interpreter;
   follow_host_threads();
   function(call);
@@ -41,11 +44,45 @@ void py_rotate(nb::handle out, nb::handle x, nb::handle cos, nb::handle sin, nb:
   run(cpu::rotate, call);
 }
 
+/// cpu/rms_norm.hpp says what they are; residual and h may be None.
+void py_rms_norm(nb::handle y, nb::handle h, nb::handle rstd, nb::handle x, nb::handle residual, nb::handle weight,
+                 double eps, bool zero_centered_weight) {
+  Owners owners;
+  run(cpu::rms_norm, {.x = on_cpu(x, "x", owners),
+                      .residual = on_cpu(residual, "residual", owners),
+                      .weight = on_cpu(weight, "weight", owners),
+                      .y = on_cpu(y, "y", owners, Holds::results),
+                      .h = on_cpu(h, "h", owners, Holds::results),
+                      .rstd = on_cpu(rstd, "rstd", owners, Holds::results),
+                      .eps = eps,
+                      .zero_centered_weight = zero_centered_weight});
+}
+
+/// dresidual and dstream may be None.
+void py_rms_norm_backward(nb::handle dx, nb::handle dresidual, nb::handle dweight, nb::handle dy, nb::handle dstream,
+                          nb::handle h, nb::handle rstd, nb::handle weight, bool zero_centered_weight) {
+  Owners owners;
+  run(cpu::rms_norm_backward, {.dy = on_cpu(dy, "dy", owners),
+                               .dstream = on_cpu(dstream, "dstream", owners),
+                               .h = on_cpu(h, "h", owners),
+                               .rstd = on_cpu(rstd, "rstd", owners),
+                               .weight = on_cpu(weight, "weight", owners),
+                               .dx = on_cpu(dx, "dx", owners, Holds::results),
+                               .dresidual = on_cpu(dresidual, "dresidual", owners, Holds::results),
+                               .dweight = on_cpu(dweight, "dweight", owners, Holds::results),
+                               .zero_centered_weight = zero_centered_weight});
+}
+
 }  // namespace
 
 void add_row_operations(nb::module_& m) {
   m.def("rotate", &py_rotate, nb::arg("out"), nb::arg("x"), nb::arg("cos"), nb::arg("sin"), nb::arg("seqlen_offsets"),
         nb::arg("cu_seqlens").none(), nb::arg("interleaved"), nb::arg("conjugate"));
+  m.def("rms_norm", &py_rms_norm, nb::arg("y"), nb::arg("h").none(), nb::arg("rstd"), nb::arg("x"),
+        nb::arg("residual").none(), nb::arg("weight"), nb::arg("eps"), nb::arg("zero_centered_weight"));
+  m.def("rms_norm_backward", &py_rms_norm_backward, nb::arg("dx"), nb::arg("dresidual").none(), nb::arg("dweight"),
+        nb::arg("dy"), nb::arg("dstream").none(), nb::arg("h"), nb::arg("rstd"), nb::arg("weight"),
+        nb::arg("zero_centered_weight"));
 }
 
 }  // namespace flash_attn::python

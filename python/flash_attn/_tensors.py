@@ -31,6 +31,14 @@ def is_plain(*tensors: Tensor) -> bool:
     )
 
 
+CORE_DTYPES = torch.float32, torch.bfloat16, torch.float16
+
+
+def core_reads(*tensors: Tensor) -> bool:
+    """Whether these are plain tensors of the CPU in a dtype that the compiled core computes with."""
+    return all(t.is_cpu and t.dtype in CORE_DTYPES and not t.is_neg() for t in tensors) and is_plain(*tensors)
+
+
 def empty_out(q: Tensor, v: Tensor) -> Tensor:
     """Memory for out, (..., nheads, headdim_v). Malformed ranks get some memory too: the core says what is wrong."""
     if v.dim() == 0 or q.dim() == 0 or v.shape[-1] == q.shape[-1]:

@@ -9,6 +9,7 @@
 #include <cstdint>
 
 #include "core/row_move.hpp"
+#include "cpu/norm_rows.hpp"
 #include "flash_attn/tensor.hpp"
 
 namespace flash_attn::cpu {
@@ -189,6 +190,13 @@ struct Kernels {
   void (*finish_rows)(int64_t rows, const float* m, const float* l, float* factor, float* lse);
   /// As core/row_move.hpp means it, for rows of f16, bf16 or f32.
   MoveRow move_row;
+  void (*norm_rows)(const NormRows& task);
+  void (*norm_gradient_rows)(const NormGradientRows& task);
+  /// row (cols), plus `add`, in fp32 -> to (cols padded to the width).
+  void (*read_row)(const Rows& row, int64_t cols, float add, float* to);
+  /// Columns [0, cols) of the sum of `parts` rows of `ld` floats, in their order -> to, rounded once. `rows` may be read
+  /// up to a whole vector.
+  void (*sum_parts)(const float* rows, int64_t parts, int64_t ld, int64_t cols, const Rows& to);
 };
 
 }  // namespace flash_attn::cpu

@@ -1,18 +1,14 @@
 #include "cpu/rotary.hpp"
 
-#include <algorithm>
 #include <string>
 #include <utility>
 
 #include "core/check.hpp"
 #include "cpu/isa.hpp"
-#include "cpu/rounding.hpp"
-#include "cpu/threads.hpp"
+#include "cpu/row_tasks.hpp"
 
 namespace flash_attn::cpu {
 namespace {
-
-constexpr int64_t kTaskElements = 1 << 14;  // of a task, at least: tens of KiB, a few microseconds
 
 /// One-dimensional integers, read at their own width.
 class Integers {
@@ -33,13 +29,6 @@ class Integers {
   Tensor t_;
 };
 
-bool has_kernel(DType t) { return t == DType::f32 || t == DType::bf16 || t == DType::f16; }
-
-void check_numbers(const char* name, const Tensor& t) {
-  if (!has_kernel(t.dtype))
-    fail(ErrorCode::type_mismatch, name, std::string("expected float32, bfloat16 or float16, got ") + name_of(t.dtype));
-}
-
 /// The call in one form: batch entries of rows (a packed tensor is one), of groups of heads.
 class Rotation {
  public:
@@ -51,13 +40,13 @@ class Rotation {
       fail_rank("x", x, lead + 2, lead == 2 ? "(batch, seqlen, nheads, headdim)" : "(total, nheads, headdim)");
     check_rank("out", out, x.ndim, "of x");
     for (int d = 0; d < x.ndim; ++d) check_dim("out", out, d, "the size of x", x.shape[d]);
-    check_numbers("x", x);
+    check_row_dtype("x", x);
     check_dtype("out", out, x.dtype);
     for (const auto& [name, table] : {std::pair{"cos", &call.cos}, std::pair{"sin", &call.sin}}) {
       check_rank(name, *table, 2, "(seqlen_rotary, rotary_dim / 2)");
       check_dim(name, *table, 0, "the size of cos", call.cos.shape[0]);
       check_dim(name, *table, 1, "the size of cos", call.cos.shape[1]);
-      check_numbers(name, *table);
+      check_row_dtype(name, *table);
     }
     const int64_t headdim = x.shape[x.ndim - 1];
     if (2 * call.cos.shape[1] > headdim) invalid("cos", "expected rotary_dim <= headdim = " + std::to_string(headdim));
@@ -74,7 +63,6 @@ class Rotation {
     if (x.numel() == 0) batch_ = 0;
   }
 
-  int64_t elements() const { return call_.x.numel(); }
   int64_t row_elements() const { return groups_ * heads_ * call_.x.shape[call_.x.ndim - 1]; }
   int64_t rows() const { return batch_ * rows_; }
 
@@ -154,15 +142,10 @@ class Rotation {
 void rotate(const RotaryCall& call) {
   const Rotation rotation(call);
   if (rotation.rows() == 0) return;
-  const int64_t rows = rotation.rows();
-  const int64_t step = divide_up(kTaskElements, rotation.row_elements()), tasks = divide_up(rows, step);
   const MoveRow move = active_kernels().move_row;
-  parallel_for(
-      tasks, max_workers(),
-      [&](int64_t task, int) {
-        for (int64_t row = task * step, end = std::min(rows, row + step); row < end; ++row) rotation.run(row, move);
-      },
-      Order::by_place);
+  for_row_tasks(rotation.rows(), rotation.row_elements(), [&](int64_t first, int64_t n) {
+    for (int64_t row = first; row < first + n; ++row) rotation.run(row, move);
+  });
 }
 
 }  // namespace flash_attn::cpu

@@ -66,12 +66,17 @@ FLASH_ATTN_INLINE vf where_at_least(vh a, int32_t least, vf x) {
 #endif
 }
 
+/// x with each lane added to the one kBy behind it.
+template <int kBy, int... kLane>
+FLASH_ATTN_INLINE vf add_turned(vf x, std::integer_sequence<int, kLane...>) {
+  return x + __builtin_shufflevector(x, x, ((kLane + kBy) % W)...);
+}
+/// The sum of all lanes, by halves.
 FLASH_ATTN_INLINE float sum_lanes(vf x) {
-  float lanes[W];
-  store(lanes, x);
-  for (int n = W / 2; n > 0; n /= 2)
-    for (int i = 0; i < n; ++i) lanes[i] += lanes[i + n];
-  return lanes[0];
+  constexpr auto kLanes = std::make_integer_sequence<int, W>{};
+  if constexpr (W > 8) x = add_turned<8>(x, kLanes);
+  if constexpr (W > 4) x = add_turned<4>(x, kLanes);
+  return add_turned<1>(add_turned<2>(x, kLanes), kLanes)[0];
 }
 
 #if FLASH_ATTN_WIDTH == 16

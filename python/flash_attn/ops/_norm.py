@@ -5,7 +5,8 @@
 
 Arithmetic in fp32 (fp64 where an input is), in blocks of rows, each result rounded once. What is kept for the gradient:
 h in the dtype of the residual (x itself where nothing precedes), a mean and a 1 / deviation per row, and a byte per
-element under dropout.
+element under dropout. RMSNorm of a CPU's tensors, with no more before it than a residual, is computed by the compiled
+core (src/cpu/rms_norm.cpp).
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from flash_attn import _C
 from flash_attn._errors import InvalidArgument, NotServed
+from flash_attn._tensors import CORE_DTYPES, core_reads
 from flash_attn.ops._blocks import row_blocks
 
 
@@ -161,6 +164,23 @@ def _gradients(dy: Tensor, h: Tensor, mean: Tensor | None, rstd: Tensor, weight:
     return dh, dweight, None if bias is None else dy.sum(0)
 
 
+def core_serves(options: Options, weights, biases, rows, dtypes) -> bool:
+    """Whether the compiled core computes it: RMSNorm with one weight, of plain rows of the CPU in up to 32 bits.
+
+    rows: those that are read, (rows, columns); dtypes: of what is written.
+    """
+    weight, *others = weights
+    return (
+        options.is_rms_norm
+        and biases[0] is None
+        and all(w is None for w in others)
+        and all(t in CORE_DTYPES for t in dtypes)
+        and rows[0].numel() > 0
+        and all(t.stride(-1) == 1 for t in (*rows, weight))
+        and core_reads(*rows, weight)
+    )
+
+
 def norm_forward(
     x,
     weights,
@@ -178,16 +198,28 @@ def norm_forward(
     h is x itself where nothing comes before the norm and its dtype is that of the stream. The ways are in rows.
     """
     dtype = arithmetic(x, residual, x1, *weights)
-    pairs = _affine(weights, biases, options, dtype)
     stream_dtype = stream_dtype or (x.dtype if residual is None else residual.dtype)
+    out_dtype = out_dtype or x.dtype
     given = [_rows(t) for t in (x, x1, residual)]
     alone = residual is None and x1 is None and way.is_plain
     rows = given[0].shape[0]
     h_out = None if alone and stream_dtype == x.dtype else x.new_empty(given[0].shape, dtype=stream_dtype)
-    ys_out = [x.new_empty(given[0].shape, dtype=out_dtype or x.dtype) for _ in pairs]
+    ys_out = [x.new_empty(given[0].shape, dtype=out_dtype) for w in weights if w is not None]
     mean = None if options.is_rms_norm else x.new_empty((rows, 1), dtype=dtype)
     rstd = x.new_empty((rows, 1), dtype=dtype)
-    for block in row_blocks(*given[0].shape, x.device):
+    read = [t for t in given if t is not None]
+    if x1 is None and way.is_plain and core_serves(options, weights, biases, read, (stream_dtype, out_dtype)):
+        _C.rms_norm(ys_out[0], h_out, rstd, given[0], given[2], weights[0], options.eps, options.zero_centered_weight)
+    else:
+        _forward_in_blocks(given, weights, biases, options, way, way1, ys_out, h_out, mean, rstd)
+    return [y.reshape(x.shape) for y in ys_out], x if h_out is None else h_out.reshape(x.shape), mean, rstd
+
+
+def _forward_in_blocks(given, weights, biases, options: Options, way, way1, ys_out, h_out, mean, rstd) -> None:
+    """In PyTorch's operations. given: rows of x, x1 and the residual."""
+    dtype = rstd.dtype
+    pairs = _affine(weights, biases, options, dtype)
+    for block in row_blocks(*given[0].shape, rstd.device):
         a, a1, r = _at(block, *given)
         h = passed(way.at(block), a.to(dtype))
         if a1 is not None:
@@ -200,7 +232,6 @@ def norm_forward(
             y_out[block], m, rstd[block] = _normalised(h, w, b, options)
         if mean is not None:
             mean[block] = m
-    return [y.reshape(x.shape) for y in ys_out], x if h_out is None else h_out.reshape(x.shape), mean, rstd
 
 
 def norm_backward(dys, dstream, h, mean, rstd, weights, biases, options: Options, into):
@@ -209,10 +240,9 @@ def norm_backward(dys, dstream, h, mean, rstd, weights, biases, options: Options
     dys, dstream: gradients of the ys and of h, or None. into: for each input its dtype and its Branch, or None if there
     is no such input. Inputs of one dtype on the same way get one tensor.
     """
-    dtype = rstd.dtype
-    pairs = _affine(weights, biases, options, dtype)
+    given = [(w, b) for w, b in zip(weights, biases, strict=True) if w is not None]
     if dstream is None and all(dy is None for dy in dys):
-        return [None] * len(into), [(None, None)] * len(pairs)
+        return [None] * len(into), [(None, None)] * len(given)
     h_rows, dstream, dys = _rows(h), _rows(dstream), [_rows(t) for t in dys]
     results, which = [], []
     for want in into:
@@ -221,9 +251,33 @@ def norm_backward(dys, dstream, h, mean, rstd, weights, biases, options: Options
         which.append(None if want is None else same[0] if same else len(results))
         if want is not None and not same:
             results.append((h.new_empty(h_rows.shape, dtype=want[0]), None if plain else want[1]))
+    read = [t for t in (h_rows, dys[0], dstream) if t is not None]
+    served = dys[0] is not None and rstd.dtype == torch.float32 and all(way is None for _, way in results)
+    if served and core_serves(options, weights, biases, read, [t.dtype for t, _ in results]):
+        dresidual = results[1][0] if len(results) == 2 else None
+        dweight = torch.empty_like(weights[0])
+        _C.rms_norm_backward(
+            results[0][0], dresidual, dweight, dys[0], dstream, h_rows, rstd, weights[0], options.zero_centered_weight
+        )
+        parameters = [(dweight, None)]
+    else:
+        sums = _backward_in_blocks(dys, dstream, h_rows, mean, rstd, weights, biases, options, results)
+        parameters = [
+            tuple(None if g is None else g.to(p.dtype) for g, p in zip(pair, own, strict=True))
+            for pair, own in zip(sums, given, strict=True)
+        ]
+    # One tensor for all who share it: autograd makes two gradients of two leaves only of what it sees twice.
+    gradients = [out.reshape(h.shape) for out, _ in results]
+    return [None if i is None else gradients[i] for i in which], parameters
+
+
+def _backward_in_blocks(dys, dstream, h, mean, rstd, weights, biases, options: Options, results) -> list:
+    """In PyTorch's operations: writes the results, -> gradients of [(weight, bias), ...] in their dtype."""
+    dtype = rstd.dtype
+    pairs = _affine(weights, biases, options, dtype)
     sums = [(None, None)] * len(pairs)
-    for block in row_blocks(*h_rows.shape, h.device):
-        x, (m, r) = h_rows[block].to(dtype), _at(block, mean, rstd)
+    for block in row_blocks(*h.shape, h.device):
+        x, (m, r) = h[block].to(dtype), _at(block, mean, rstd)
         dh = None if dstream is None else dstream[block].to(dtype)
         for i, ((w, b), dy) in enumerate(zip(pairs, dys, strict=True)):
             if dy is not None:
@@ -231,11 +285,4 @@ def norm_backward(dys, dstream, h, mean, rstd, weights, biases, options: Options
                 dh, sums[i] = _add(dh, part), (_add(sums[i][0], dw), _add(sums[i][1], db))
         for out, way in results:
             out[block] = dh if way is None else passed(way.at(block), dh)
-    given = [(w, b) for w, b in zip(weights, biases, strict=True) if w is not None]
-    parameters = [
-        tuple(None if g is None else g.to(p.dtype) for g, p in zip(pair, own, strict=True))
-        for pair, own in zip(sums, given, strict=True)
-    ]
-    # One tensor for all who share it: autograd makes two gradients of two leaves only of what it sees twice.
-    gradients = [out.reshape(h.shape) for out, _ in results]
-    return [None if i is None else gradients[i] for i in which], parameters
+    return sums

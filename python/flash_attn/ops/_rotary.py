@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flash_attn import _C
 from flash_attn._errors import InvalidArgument, InvalidType
-from flash_attn._tensors import is_plain
+from flash_attn._tensors import core_reads, is_plain
 
 
 class Angles(NamedTuple):
@@ -32,18 +32,14 @@ def _pairs(x: Tensor, half: int, interleaved: bool) -> tuple[Tensor, Tensor]:
     return x[..., :half], x[..., half : 2 * half]
 
 
-_NUMBERS = torch.float32, torch.bfloat16, torch.float16
-
-
 def core_serves(out: Tensor, x: Tensor, angles: Angles) -> bool:
-    """Ordinary tensors of the CPU, in up to 32 bits, rows in one piece. What torch would not write to stays torch's."""
-    numbers = x, angles.cos, angles.sin
+    """Whether the compiled core turns it: rows in one piece. What torch would not write to stays torch's."""
     tables = [t for t in angles[2:] if isinstance(t, Tensor)]
     if not (
-        all(t.is_cpu and t.dtype in _NUMBERS and not t.is_neg() for t in numbers)
+        x.stride(-1) == out.stride(-1) == 1
+        and core_reads(x, angles.cos, angles.sin)
         and all(t.is_cpu and t.dim() == 1 and t.dtype in (torch.int32, torch.int64) for t in tables)
-        and x.stride(-1) == out.stride(-1) == 1
-        and is_plain(*numbers, *tables)
+        and (not tables or is_plain(*tables))
     ):
         return False
     return out is not x or (0 not in x.stride() and (torch.is_inference_mode_enabled() or not x.is_inference()))

@@ -21,6 +21,7 @@
 
 #include "cpu/kernel/backward.hpp"
 
+#include "cpu/kernel/rms_norm.hpp"
 #include "cpu/kernel/rotate.hpp"
 
 #include "cpu/kernel/table.hpp"

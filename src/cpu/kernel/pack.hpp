@@ -12,6 +12,18 @@ namespace flash_attn::cpu::FLASH_ATTN_ISA {
 
 FLASH_ATTN_INLINE int64_t bytes_of(DType t) { return t == DType::f64 ? 8 : t == DType::f32 ? 4 : 2; }
 
+/// A dtype that loops are compiled for.
+template <DType kType>
+struct Typed {
+  static constexpr DType value = kType;
+};
+template <class Body>
+FLASH_ATTN_INLINE void with_dtype(DType t, const Body& body) {
+  if (t == DType::f32) return body(Typed<DType::f32>{});
+  if (t == DType::bf16) return body(Typed<DType::bf16>{});
+  body(Typed<DType::f16>{});
+}
+
 /// Columns [c, c + W) of row r in fp32, zeros beyond the row. One loader per memory layout, chosen once per list.
 struct AnyLoader {
   FLASH_ATTN_INLINE vf operator()(const RowList& rows, int64_t r, int64_t c) const {

@@ -3,18 +3,6 @@
 
 namespace flash_attn::cpu::FLASH_ATTN_ISA {
 
-/// A dtype that loops are compiled for.
-template <DType kType>
-struct Typed {
-  static constexpr DType value = kType;
-};
-template <class Body>
-FLASH_ATTN_INLINE void with_dtype(DType t, const Body& body) {
-  if (t == DType::f32) return body(Typed<DType::f32>{});
-  if (t == DType::bf16) return body(Typed<DType::bf16>{});
-  body(Typed<DType::f16>{});
-}
-
 /// Angles of up to kStripPairs pairs. Interleaved: every number twice, and the sine negated for the first of a pair.
 constexpr int64_t kStripPairs = 128;
 struct AngleStrip {

@@ -20,6 +20,10 @@ const Kernels kernels = {
     .merge_rows = merge_rows,
     .finish_rows = finish_rows,
     .move_row = move_row,
+    .norm_rows = norm_rows,
+    .norm_gradient_rows = norm_gradient_rows,
+    .read_row = read_row,
+    .sum_parts = sum_parts,
 };
 
 }  // namespace flash_attn::cpu::FLASH_ATTN_ISA

@@ -7,7 +7,7 @@ import re
 
 import pytest
 import torch
-from flash_attn.ops import _blocks
+from flash_attn.ops import _blocks, _norm
 from flash_attn.ops.layer_norm import (
     DropoutAddLayerNorm,
     dropout_add_layer_norm,
@@ -31,6 +31,7 @@ from flash_attn.ops.triton.layer_norm import (
     rms_norm_fn,
     rms_norm_ref,
 )
+from torch.utils.flop_counter import FlopCounterMode
 
 from layers.judge import DTYPES, is_float, judge, run
 
@@ -38,9 +39,13 @@ SHAPE, COLUMNS, EPS = (3, 5, 24), 24, 1e-3
 KINDS = pytest.mark.parametrize("is_rms_norm", [False, True], ids=["layer", "rms"])
 
 
-@pytest.fixture(autouse=True, params=[1 << 18, 100], ids=["one block", "blocks"])
-def _block(request, monkeypatch):
-    monkeypatch.setattr(_blocks, "_CPU", request.param)
+@pytest.fixture(autouse=True, params=["core", "one block", "blocks"])
+def _way(request, monkeypatch):
+    """What the core serves, by the core; or all by torch's operations, in one block of rows, or in several."""
+    if request.param != "core":
+        monkeypatch.setattr(_norm, "core_serves", lambda *_: False)
+    if request.param == "blocks":
+        monkeypatch.setattr(_blocks, "_CPU", 100)
 
 
 def normalised(h, weight, bias, is_rms_norm, eps=EPS):
@@ -163,6 +168,70 @@ def test_leaves_have_gradients_of_their_own(is_rms_norm):
     once = torch.autograd.grad(function(**given)[..., 0].square().sum(), given["x"])[0]
     for grad in twice.values():
         torch.testing.assert_close(grad, 2 * once)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1,), (7,), (1, 1), (3, 5, 127), (2, 1030), (130, 33)])
+def test_rms_norm_of_odd_sizes(shape, dtype):
+    """More rows than a partial sum of dweight has, more columns than a strip, and few of either."""
+    rows = torch.Size(shape[:-1]).numel()
+    for residual, centered in itertools.product((None, torch.float32), (False, True)):
+        given = {
+            "x": torch.randn(shape).to(dtype).requires_grad_(),
+            "weight": torch.randn(shape[-1]).to(dtype).requires_grad_(),
+            "bias": None,
+            "residual": None if residual is None else torch.randn(shape).requires_grad_(),
+        }
+        judge(
+            lambda c=centered, **t: rms_norm_fn(**t, eps=EPS, prenorm=True, zero_centered_weight=c),
+            lambda c=centered, k=residual or dtype, **t: formula(
+                **t, is_rms_norm=True, shift=float(c), kinds=(dtype, k)
+            ),
+            given,
+            terms=8 + rows**0.5,
+            luck=1 if dtype != torch.float32 else 2,
+        )
+
+
+@pytest.fixture
+def core_calls(monkeypatch):
+    """Counts what the compiled core computes."""
+    calls = []
+    for name in ("rms_norm", "rms_norm_backward"):
+        function = getattr(_norm._C, name)
+        monkeypatch.setattr(_norm._C, name, lambda *args, f=function: calls.append(args) or f(*args))
+    return calls
+
+
+@pytest.mark.parametrize("_way", ["core"], indirect=True)
+def test_what_the_core_computes(core_calls):
+    """RMSNorm of ordinary tensors of the CPU, with no more before it than a residual. All else is torch's."""
+    x, w = torch.randn(SHAPE), torch.rand(COLUMNS)
+
+    def computed(function=rms_norm_fn, x=x, weight=w, bias=None, **keywords) -> int:
+        before = len(core_calls)
+        function(x, weight, bias, **keywords)
+        return len(core_calls) - before
+
+    assert computed() == computed(x=x.bfloat16(), weight=w.half(), residual=x, out_dtype=torch.float16) == 1
+    assert computed(x=x.transpose(0, 1)) == computed(residual_in_fp32=True, prenorm=True) == 1
+    assert computed(zero_centered_weight=True) == computed(out=torch.empty(SHAPE)) == 1
+    assert computed(lambda *t: rms_norm(t[0], t[1], EPS)) == 1
+    assert computed(lambda *t: layer_norm_linear_fn(*t, w[None], None, is_rms_norm=True)) == 1
+    assert computed(lambda *t: RMSNorm(COLUMNS)(t[0].clone().requires_grad_()).square().sum().backward()) == 2
+    for other in (
+        dict(function=layer_norm_fn), dict(bias=w), dict(x1=x), dict(weight1=w), dict(dropout_p=0.5),
+        dict(rowscale=torch.rand(SHAPE[:-1])), dict(x=x.double()), dict(weight=w.double()), dict(x=x[:0]),
+        dict(x=torch.randn(COLUMNS, 5).T), dict(out_dtype=torch.float64),
+        dict(x=x.to("meta"), weight=w.to("meta")),
+    ):  # fmt: skip
+        assert computed(**other) == 0, other
+    with FlopCounterMode(display=False):
+        assert computed() == 0
+    x.requires_grad_()
+    before = len(core_calls)
+    rms_norm_fn(x, w, None).sum().backward()  # an expanded gradient
+    assert len(core_calls) == before + 1
 
 
 @KINDS

@@ -138,6 +138,7 @@ def test_the_core_and_torch_agree(shape, dtype, core_calls, monkeypatch):
     assert len(core_calls) >= 16
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # torch's, of vmap over its own operations
 def test_what_the_core_turns(core_calls):
     """Ordinary tensors of the CPU; torch has all else, and its words for memory that may not be written to."""
     cos, sin = tables(4, torch.float32)
