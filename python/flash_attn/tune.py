@@ -23,7 +23,12 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
+try:
+    import torch
+except ModuleNotFoundError:
+    if __name__ != "__main__":
+        raise
+    sys.exit("tune: needs PyTorch, which is not installed: pip install 'torch>=2.4'")
 
 LENGTHS = (512, 2048, 8192)
 TOKENS, HIDDEN = 16384, 2048

@@ -19,7 +19,12 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
+try:
+    import torch
+except ModuleNotFoundError:
+    if __name__ != "__main__":
+        raise
+    sys.exit("verify: needs PyTorch, which is not installed: pip install 'torch>=2.4'")
 
 from flash_attn._backend import backends
 from flash_attn._verify.cases import CASES, LARGE

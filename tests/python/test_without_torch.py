@@ -179,3 +179,16 @@ def test_every_public_name_is_there_or_needs_torch() -> None:
         "check_tables",
     }
     assert usable == "['cpu', 'reference']" and dtype == "float64"
+
+
+@pytest.mark.parametrize("program", ["verify", "tune"])
+def test_programs_that_need_torch_say_so(program) -> None:
+    run(f"""
+import runpy
+try:
+    runpy.run_module("flash_attn.{program}", run_name="__main__")
+except SystemExit as e:
+    assert str(e) == "{program}: needs PyTorch, which is not installed: pip install 'torch>=2.4'", e
+else:
+    raise AssertionError("it ran")
+""")
