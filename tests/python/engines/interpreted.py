@@ -216,15 +216,20 @@ def operations() -> dict:
         "powers": lambda s, b, h, i, j: (
             2.0 ** -(h + 1) * (i - j).abs() + 0.7**s + s**2 - 0.1 * s**3 + (s.abs() + 0.1) ** 0.5
         ),
+        "more powers": lambda s, b, h, i, j: 0.002 * s**5 + (s.abs() + 1) ** -6,
         "limits": lambda s, b, h, i, j: s.clamp(-1, 2) + s.clamp(min=0) + s.clamp(max=0.5) + torch.maximum(s, -s),
         "divisions": lambda s, b, h, i, j: (
             s + (i - j) // 7 * 0.1 + (j - i) % 5 * 0.1 + s / 3 + 1 / (i + 1) - s.floor() * 0
+        ),
+        "whole quotients": lambda s, b, h, i, j: (
+            s + (j // 0.1) * 0.1 - (i - j) % -0.3 + torch.div(i - j, 0.7, rounding_mode="trunc") * 0.1
         ),
         "signs": lambda s, b, h, i, j: s * torch.sign(i - j) + torch.minimum(s, s * 0.5) - torch.ceil(s) * 0 - (-s),
         "logic": lambda s, b, h, i, j: (
             where(((i < j) | (h == 1)) & ~(b == 1), s, s * 0.5) + where((i ^ j) & 1 > 0, 0.1, 0.0)
         ),
         "more logic": lambda s, b, h, i, j: where(torch.logical_or(i != j, h >= 2).logical_not(), s, 2.0 - s),
+        "large numbers": lambda s, b, h, i, j: s + ((i ^ 0x9E3779B9) & 3) * 0.1 + ((i + 2147483647) // 2 % 3) * 0.1,
         "products": lambda s, b, h, i, j: s + (i * j % 11).float() * 0.05 - torch.add(s, j, alpha=0.01) * 0.5 + (1 - s),
         "tables": lambda s, b, h, i, j: (
             s * gain + table[h, i - j + 55] + where(flags[h, j], 0.3, -0.3) + whole[b, i] * 0.02
@@ -237,6 +242,7 @@ def operations() -> dict:
             + torch.remainder(s, 0.3) * 0.5
         ),
         "sums of bools": lambda s, b, h, i, j: where((i < j) + (h == 1), s, s * 0.5),
+        "no number at 0": lambda s, b, h, i, j: (1 / s).clamp(-9, 9),  # the score of rows that are not there
         "constant": lambda s, b, h, i, j: torch.zeros_like(s) + 0.5,
     }
 

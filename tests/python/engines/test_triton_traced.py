@@ -21,7 +21,7 @@ from support import engine_problem  # noqa: E402
 from support.ahead_of_time import Compiler, device_of  # noqa: E402
 
 CPU = torch.device("cpu")
-TABLE = torch.randn(4, 90)
+TABLE, GAIN = torch.randn(4, 90), torch.tensor(0.75)
 FIVE = [torch.randn(4) for _ in range(5)]
 
 
@@ -68,6 +68,12 @@ REFUSED = {
     "a vector": (lambda s, b, h, i, j: s + TABLE[0], "no number|must match|whole table|one number"),
     "in place": (lambda s, b, h, i, j: s.add_(1), "writes to a number"),
     "a wide result": (lambda s, b, h, i, j: s.double() + i, "float32 is the type of scores"),
+    "a huge power": (lambda s, b, h, i, j: s**40, "a power of 40"),
+    "a number of Python": (lambda s, b, h, i, j: s * TABLE[0, 0].item(), "no operation|number out of a tensor"),
+    "a largest number": (lambda s, b, h, i, j: s * TABLE.max().item(), "number out of a tensor"),
+    "a branch on a table": (lambda s, b, h, i, j: s if GAIN > 0.5 else -s, "number out of a tensor"),
+    "a list": (lambda s, b, h, i, j: s * GAIN.tolist(), "numbers out of a tensor"),
+    "an array": (lambda s, b, h, i, j: s * float(GAIN.numpy()), "numbers out of a tensor"),
     "bytes": (lambda s, b, h, i, j: s + TABLE.byte()[h, i], "computed|table of uint8"),
     "many tables": (lambda s, b, h, i, j: s + sum(x[h] for x in FIVE), "more than 4 tables"),
 }
@@ -112,7 +118,11 @@ def test_a_call_that_names_triton_says_why_not():
 def test_kernels_compile(monkeypatch, target, headdim):
     table = torch.randn(8, 2100)
     mods = Mods(
-        score_mod=of(lambda s, b, h, i, j: 2 * torch.tanh(s * 0.5) + table[h, i - j + 1030]),
+        score_mod=of(
+            lambda s, b, h, i, j: (
+                2 * torch.tanh(s * 0.5).clamp(-0.9, 0.9) + table[h, i - j + 1030] + (j % 0.3) * ((i ^ 0x9E3779B9) & 1)
+            )
+        ),
         mask_mod=of(lambda b, h, i, j: j <= i),
     )
     gpu, device = device_of(target)

@@ -25,6 +25,7 @@ from flash_attn._engines.torch.mods import OfNumbers, SeqlenInfo, Tables
 from flash_attn._engines.triton.kernels.scores import tanh
 
 MOST_TABLES, MOST_DIMENSIONS = 4, 4
+MOST_FACTORS = 16  # that a power is written as
 NUMBERS = {
     "score_mod": ("score", "b", "h", "i", "j"),
     "mask_mod": ("b", "h", "i", "j"),
@@ -70,6 +71,16 @@ def look_up(table, at, size):
     return tl.minimum(tl.maximum(at, 0), size - 1)
 
 
+@triton.jit
+def whole_quotient(a, b, FLOOR: tl.constexpr):
+    """a / b of fp32 as a whole number; by way of fp64, where a quotient rounds to no other whole number."""
+    a = (a + tl.zeros((1,), tl.float32)).to(tl.float64)
+    b = (b + tl.zeros((1,), tl.float32)).to(tl.float64)
+    x = a / b
+    x = tl.floor(x) if FLOOR else tl.where(x < 0, tl.ceil(x), tl.floor(x))
+    return x.to(tl.float32)
+
+
 # Operations of ATen by name: as expressions of their arguments. f: computed in fp32; n: in the type of the result.
 _FLOAT = {
     "exp": "tl.exp({})", "exp2": "tl.exp2({})", "log": "tl.log({})", "log2": "tl.log2({})", "sqrt": "tl.sqrt({})",
@@ -97,16 +108,20 @@ def _literal(x) -> str:
     if isinstance(x, int):
         if abs(x) >= 1 << 62:
             raise Untraceable(f"the number {x} is too large")
-        return f"({x})"
+        return f"({x})" if abs(x) < 1 << 30 else f"tl.full((1,), {x}, tl.int64)"  # a sum of it may need 64 bits
     raise Untraceable(f"a constant {type(x).__name__}")
 
 
 def _power(x: str, exponent: float) -> str:
+    if not math.isfinite(exponent):
+        raise Untraceable(f"a power of {exponent}")
     if exponent < 0:
         return f"(1.0 / {_power(x, -exponent)})"
     if exponent == 0.5:
         return f"tl.sqrt({x})"
-    if exponent in (0.0, 1.0, 2.0, 3.0, 4.0):
+    if exponent == int(exponent):  # of negative numbers as well
+        if exponent > MOST_FACTORS:
+            raise Untraceable(f"a power of {exponent:g}")
         return "(" + " * ".join([x] * int(exponent) or ["1.0"]) + ")"
     return f"tl.exp2({exponent!r} * tl.log2({x}))"
 
@@ -259,10 +274,9 @@ class _Recorder(TorchDispatchMode):
     def _quotient(self, args, rounding, dtype: torch.dtype) -> str:
         a, b = (self.name_of(x, dtype) for x in args[:2])
         if dtype.is_floating_point:
-            text = f"({a} / {b})"
-            if rounding == "floor":
-                return f"tl.floor{text}"
-            return f"tl.where({text} < 0, tl.ceil{text}, tl.floor{text})" if rounding else text
+            if not rounding:
+                return f"({a} / {b})"
+            return f"whole_quotient({a}, {b}, {rounding == 'floor'})"
         if rounding == "trunc":
             return f"({a} // {b})"  # Triton's own
         rest = f"((({a}) % ({b}) != 0) & ((({a}) < 0) != (({b}) < 0))).to(tl.int32)"
@@ -281,6 +295,8 @@ class _Recorder(TorchDispatchMode):
         if not depends:
             if any(id(x) in self.tables or id(x) in self.derived for x in leaves):
                 made = pytree.tree_leaves(results)
+                if not all(isinstance(x, Tensor) for x in made):  # of a stand-in
+                    raise Untraceable("it takes a number out of a tensor; do that before the call")
                 self.derived.update((id(x), x) for x in made if isinstance(x, Tensor) and id(x) not in self.tables)
             return results
         if operation._schema.is_mutable and not self.is_autograd:
@@ -302,6 +318,9 @@ class Traced:
 
     function: object
     tables: tuple[Tensor, ...]
+
+
+_TO_PYTHON = (Tensor.tolist, Tensor.numpy, Tensor.__array__)  # which no dispatcher sees
 
 
 class _StandIns(OfNumbers):
@@ -330,6 +349,8 @@ class _StandIns(OfNumbers):
         return self.instead[id(x)]
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function in _TO_PYTHON:
+            raise Untraceable("it takes numbers out of a tensor; do that before the call")
         args, kwargs = pytree.tree_map(self._stand_in, (args, kwargs or {}))
         results = super().__torch_function__(function, types, args, kwargs)
         self.made.update((id(x), x) for x in pytree.tree_leaves(results) if isinstance(x, Tensor))
@@ -388,7 +409,7 @@ def trace(name: str, function: Callable, device: torch.device, gradient: bool = 
                     recorder.is_autograd = True
                     with recorder:
                         (du,) = torch.autograd.grad(s.expand(2, 2, 2, 2), numbers["score"], dscore, allow_unused=True)
-                result = "dscore * 0.0" if du is None else _result(du, dtype, recorder)
+                result = "tl.zeros_like(dscore)" if du is None else _result(du, dtype, recorder)
     except Untraceable:
         raise
     except Exception as e:  # a branch on a number, an operation without broadcasting, ...
@@ -412,6 +433,7 @@ def _compiled(source: str):
         "smaller": smaller,
         "sign": sign,
         "remainder": remainder,
+        "whole_quotient": whole_quotient,
         "__name__": __name__,
     }
     exec(compile(source, name, "exec"), scope)

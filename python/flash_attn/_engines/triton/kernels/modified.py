@@ -403,6 +403,7 @@ def modified_dkdv_kernel(
             seen = is_visible(
                 b, h, i[None, :], j[:, None], ii, jj, lo[None, :], hi[None, :], is_whole, lengths, tables, sizes, MASK
             )
+            seen &= i[None, :] < seqlen_q  # rows past the last: the function of their score, 0, may be no number
             p, du = gradient_of_scores(
                 s, dp, l2[None, :], d[None, :], seen, b, h, ii, jj, lengths, tables, sizes, SCORE, PULL
             )
@@ -441,6 +442,7 @@ def modified_dkdv_kernel(
                 ii = position(i, seqlen_q)
                 lo, hi = row_interval(i + count - seqlen_q, count, left, right, None, WINDOW)
                 seen = is_visible(b, h, i, j[:, None], ii, jj, lo, hi, is_whole, lengths, tables, sizes, MASK)
+                seen &= i < seqlen_q
                 p, du = gradient_of_scores(s, dp, l2, d, seen, b, h, ii, jj, lengths, tables, sizes, SCORE, PULL)
                 acc_v += tl.where(seen, p * grad, 0.0)
                 acc_k += tl.where(seen, du * query, 0.0)
