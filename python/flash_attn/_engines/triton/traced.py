@@ -58,13 +58,6 @@ def sign(x):
 
 
 @triton.jit
-def remainder(a, b):
-    """Of fp32, with b's sign; exact."""
-    r = a % b
-    return tl.where((r != 0) & ((r < 0) != (b < 0)), r + b, r)
-
-
-@triton.jit
 def look_up(table, at, size):
     """One index of a table: a negative one counts from the end, as in PyTorch; none leads outside."""
     at = tl.where(at < 0, at + size, at)
@@ -79,6 +72,20 @@ def whole_quotient(a, b, FLOOR: tl.constexpr):
     x = a / b
     x = tl.floor(x) if FLOOR else tl.where(x < 0, tl.ceil(x), tl.floor(x))
     return x.to(tl.float32)
+
+
+@triton.jit
+def remainder(a, b):
+    """Of fp32, with b's sign, by way of fp64 too: a GPU's own comes of a quotient that is rounded."""
+    a = (a + tl.zeros((1,), tl.float32)).to(tl.float64)
+    b = (b + tl.zeros((1,), tl.float32)).to(tl.float64)
+    return (a - tl.floor(a / b) * b).to(tl.float32)
+
+
+@triton.jit
+def quotient(a, b):
+    """Rounded as PyTorch's, where Triton's own `/` of fp32 may be off by two units in the last place."""
+    return tl.div_rn(a + tl.zeros((1,), tl.float32), b + tl.zeros((1,), tl.float32))
 
 
 # Operations of ATen by name: as expressions of their arguments. f: computed in fp32; n: in the type of the result.
@@ -275,7 +282,7 @@ class _Recorder(TorchDispatchMode):
         a, b = (self.name_of(x, dtype) for x in args[:2])
         if dtype.is_floating_point:
             if not rounding:
-                return f"({a} / {b})"
+                return f"quotient({a}, {b})"
             return f"whole_quotient({a}, {b}, {rounding == 'floor'})"
         if rounding == "trunc":
             return f"({a} // {b})"  # Triton's own
@@ -425,16 +432,7 @@ def _compiled(source: str):
     """The Triton function of a source: one object for one text, by which kernels are told apart."""
     name = f"<score function {abs(hash(source)):x}>"
     linecache.cache[name] = (len(source), None, source.splitlines(True), name)
-    scope = {
-        "tl": tl,
-        "tanh": tanh,
-        "look_up": look_up,
-        "larger": larger,
-        "smaller": smaller,
-        "sign": sign,
-        "remainder": remainder,
-        "whole_quotient": whole_quotient,
-        "__name__": __name__,
-    }
+    helpers = (look_up, larger, smaller, sign, remainder, quotient, whole_quotient, tanh)
+    scope = {"tl": tl, "__name__": __name__, **{f.__name__: f for f in helpers}}
     exec(compile(source, name, "exec"), scope)
     return triton.jit(scope["mod"])
