@@ -33,6 +33,7 @@ def programs(quick: bool, gpu: bool) -> dict[str, list]:
         "peers": [sys.executable, here / "peers.py", *shorter],
         "peers-backward": [sys.executable, here / "peers.py", "--backward", *shorter],
         "overhead": [sys.executable, here / "overhead.py"],
+        "rows": [sys.executable, here / "rows.py", *shorter],
     }
 
 
