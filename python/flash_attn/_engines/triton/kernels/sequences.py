@@ -75,12 +75,6 @@ def key_rows(
 
 
 @triton.jit
-def page_of(table, t, page_size, batch_k):
-    """The page of logical row t (a number or a block of them)."""
-    return clamp(tl.load(table + t // page_size), 0, batch_k - 1)
-
-
-@triton.jit
 def tile_offsets(rows, cols, stride_row, stride_col, UNIT: tl.constexpr, WIDE: tl.constexpr):
     """Offsets of rows x cols within a tile. 32 bits, but for strides that the host has found too long for them."""
     if WIDE:
