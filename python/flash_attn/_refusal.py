@@ -27,7 +27,7 @@ def refuse_gradient(words: str, results, inputs, written=()):
     `words`. `written`: inputs that were written to since; they count, but autograd may not look at them any more."""
     inputs = [x for x in inputs if isinstance(x, Tensor) and x.requires_grad]
     if not inputs and any(x.requires_grad for x in written):
-        inputs = [torch.empty(0, requires_grad=True)]
+        inputs = [torch.empty(0, requires_grad=True, device="cpu")]
     if not inputs:
         return results
     if isinstance(results, Tensor):

@@ -84,10 +84,10 @@ def _write(kinds: Tensor, counts: Tensor, indices: Tensor, kind: int, prefix: st
         raise InvalidArgument(f"{prefix}_cnt: expected 0 to {indices.shape[-1]}, the places of a list")
     counts = counts.expand(kinds.shape[:-1])
     indices = indices.expand(*kinds.shape[:-1], indices.shape[-1])
-    counted = torch.arange(indices.shape[-1]) < counts[..., None]
+    counted = torch.arange(indices.shape[-1], device="cpu") < counts[..., None]
     if (counted & ((indices < 0) | (indices >= N))).any():
         raise InvalidArgument(f"{prefix}_idx: expected blocks 0 to {N - 1}, of {N} of the keys")
-    times = torch.zeros((*kinds.shape[:-1], N + 1), dtype=torch.int32)
+    times = torch.zeros((*kinds.shape[:-1], N + 1), dtype=torch.int32, device="cpu")
     times.scatter_add_(-1, torch.where(counted, indices, N), torch.ones_like(indices, dtype=torch.int32))
     times = times[..., :N]
     if (times > 1).any() or ((times > 0) & (kinds != BlockLists.SKIPPED)).any():
@@ -122,7 +122,7 @@ def _fixed(tensors, name: str, shape, by_keys: bool) -> BlockLists:
             expected = f"({batch} or 1, {nheads} or 1, {listing}, at most {listed})"
             raise InvalidArgument(f"{prefix}_idx: expected {expected}, got {tuple(indices.shape)}")
     of = [max(x.shape[d] for _, *pair, _ in lists for x in pair) for d in (0, 1)]
-    kinds = torch.zeros((*of, listing, listed), dtype=torch.uint8)
+    kinds = torch.zeros((*of, listing, listed), dtype=torch.uint8, device="cpu")
     for prefix, counts, indices, kind in lists:
         _write(kinds, counts, indices, kind, prefix)
     return BlockLists(kinds.mT.contiguous() if by_keys else kinds, size)
@@ -132,8 +132,8 @@ def _packed(tensors, name: str, nheads: int, seqlens_q: list[int], seqlens_k: li
     lists = list(_pairs(tensors, name, 2))
     size = tensors.block_size or (BLOCK, BLOCK)
     M, N = ([ceildiv(n, s) for n in seqlens] for seqlens, s in zip((seqlens_q, seqlens_k), size, strict=True))
-    starts = torch.tensor([0, *M]).cumsum(0)
-    offsets = torch.tensor([0, *(m * n for m, n in zip(M, N, strict=True))]).cumsum(0)
+    starts = torch.tensor([0, *M], device="cpu").cumsum(0)
+    offsets = torch.tensor([0, *(m * n for m, n in zip(M, N, strict=True))], device="cpu").cumsum(0)
     for field, computed in (("cu_total_m_blocks", starts), ("cu_block_idx_offsets", offsets)):
         given = getattr(tensors, field)
         if given is not None and not torch.equal(_host(f"{name}.{field}", given, 1), computed):
@@ -144,7 +144,7 @@ def _packed(tensors, name: str, nheads: int, seqlens_q: list[int], seqlens_k: li
             if x.shape[0] not in (1, nheads) or x.shape[1] != n:
                 raise InvalidArgument(f"{prefix}_{what}: expected ({nheads} or 1, {n}), got {tuple(x.shape)}")
     heads = max(x.shape[0] for _, *pair, _ in lists for x in pair)
-    kinds = torch.zeros((len(M), heads, max(M, default=0), max(N, default=0)), dtype=torch.uint8)
+    kinds = torch.zeros((len(M), heads, max(M, default=0), max(N, default=0)), dtype=torch.uint8, device="cpu")
     for b, (m, n) in enumerate(zip(M, N, strict=True)):
         for prefix, counts, indices, kind in lists:
             mine = indices[:, int(offsets[b]) : int(offsets[b + 1])].unflatten(1, (m, n)) if m * n else None

@@ -99,14 +99,16 @@ def compute_block_sparsity(
 
     def together(kinds: list[Tensor]) -> tuple[Tensor, Tensor]:
         if not packed:
-            return _packed_lists(torch.stack(kinds) if kinds else torch.zeros((0, num_heads, M, N), dtype=torch.bool))
+            return _packed_lists(
+                torch.stack(kinds) if kinds else torch.zeros((0, num_heads, M, N), dtype=torch.bool, device=device)
+            )
         counts, indices = zip(*map(_packed_lists, kinds), strict=True)
         return torch.cat(counts, 1), torch.cat([x.flatten(1) for x in indices], 1)
 
     tables = (cu_total_m_blocks, cu_block_idx_offsets)
     if packed:
         sizes = ([x.shape[1] for x in partial], [x.shape[1] * x.shape[2] for x in partial])
-        made = (torch.tensor([0, *x]).cumsum(0).int().to(device) for x in sizes)
+        made = (torch.tensor([0, *x], device=device).cumsum(0).int() for x in sizes)
         tables = tuple(x if given is None else given for x, given in zip(made, tables, strict=True))
     no_list = (None, None)
     return BlockSparseTensorsTorch(

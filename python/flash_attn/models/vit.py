@@ -148,7 +148,7 @@ class VisionTransformer(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         positions = self.patch_embed.num_patches + (0 if no_embed_class else 1)
         self.pos_embed = nn.Parameter(torch.zeros(1, positions, embed_dim))
-        rates = torch.linspace(0, drop_path_rate, depth).tolist()
+        rates = torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()
         self.blocks = nn.ModuleList(
             [
                 create_block(

@@ -54,6 +54,14 @@ def test_a_table_is_an_argument():
     assert len(traced.tables) == 1 and traced.tables[0] is TABLE
 
 
+def test_the_default_device_and_the_generator_are_the_callers():
+    mod = lambda s, b, h, i, j: s * torch.tensor(2.0) + TABLE[h, i - j + 45] * torch.ones(())  # noqa: E731
+    known, state = function_of(mod, gradient=True), torch.get_rng_state()
+    with torch.device("meta"):
+        assert function_of(mod, gradient=True) is known
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_a_table_of_one_sequence_is_looked_up_at_any_position():
     """The numbers that stand for positions while a function is seen may lie outside of it."""
     short = torch.tensor([[3, 4]])

@@ -295,7 +295,8 @@ class _Recorder(TorchDispatchMode):
         is_lookup = operation is torch.ops.aten.index.Tensor and id(args[0]) in self.tables
         if is_lookup and all(isinstance(x, Tensor) for x in args[1]) and len(args[1]) == args[0].dim():
             # Not done: the numbers that stand for positions may be none of the table's.
-            results = torch.zeros(torch.broadcast_shapes(*(x.shape for x in args[1])), dtype=args[0].dtype)
+            shape = torch.broadcast_shapes(*(x.shape for x in args[1]))
+            results = torch.zeros(shape, dtype=args[0].dtype, device="cpu")
         else:
             results = operation(*args, **kwargs)
         depends = is_lookup or any(id(x) in self.names for x in leaves)
@@ -347,7 +348,7 @@ class _StandIns(OfNumbers):
         if id(x) not in self.instead:
             _check_table(x, self.device)
             dtype = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
-            y = torch.zeros((), dtype=dtype).expand(x.shape).detach()
+            y = torch.zeros((), dtype=dtype, device="cpu").expand(x.shape).detach()
             self.made[id(y)] = self.instead[id(x)] = y
             self.numbers_of[id(y)] = y, self.first + len(self.tables)
             self.tables.append(x)
@@ -385,13 +386,18 @@ def _result(x, dtype: torch.dtype, recorder: _Recorder) -> str:
     return recorder.name_of(x, dtype)
 
 
+def _number(name: str) -> Tensor:
+    """What stands for a number while the function runs: any values do, and none may come of the caller's generator."""
+    if name in _SHAPES:
+        return torch.zeros(_SHAPES[name], dtype=torch.int64, device="cpu")
+    return torch.linspace(0.1, 0.9, 16, device="cpu").view(2, 2, 2, 2)
+
+
 def trace(name: str, function: Callable, device: torch.device, gradient: bool = False, first: int = 0) -> Traced:
     """`name`: of NUMBERS; `gradient`: of the derivative of score_mod, a function of (dscore, score, ...) instead;
     `first`: the number of its first table. Raises Untraceable."""
-    info = Tables(*(torch.zeros(2, dtype=torch.int64) for _ in _LENGTHS))
-    numbers = {
-        n: torch.zeros(_SHAPES[n], dtype=torch.int64) if n in _SHAPES else torch.rand(2, 2, 2, 2) for n in NUMBERS[name]
-    }
+    info = Tables(*(torch.zeros(2, dtype=torch.int64, device="cpu") for _ in _LENGTHS))
+    numbers = {n: _number(n) for n in NUMBERS[name]}
     stand_ins = _StandIns([*numbers.values(), *info], device, first)
     stand_ins.numbers_of.update((id(x), (x, f"lengths[{n}]")) for n, x in enumerate(info))
     recorder = _Recorder({id(x): (x, n) for n, x in numbers.items()}, stand_ins.numbers_of)
@@ -403,11 +409,12 @@ def trace(name: str, function: Callable, device: torch.device, gradient: bool = 
             return function(*numbers.values(), SeqlenInfo(numbers["b"], info))
 
     try:
-        with torch.inference_mode(False), torch.set_grad_enabled(gradient):
+        # What the function makes itself, on whatever device is the default, is made beside the numbers.
+        with torch.device("cpu"), torch.inference_mode(False), torch.set_grad_enabled(gradient):
             if not gradient:
                 result = _result(call(), dtype, recorder)
             else:
-                dscore = torch.rand(2, 2, 2, 2)
+                dscore = _number("dscore")
                 recorder.names[id(dscore)] = dscore, "dscore"
                 parameters.insert(0, "dscore")
                 numbers["score"].requires_grad_()
