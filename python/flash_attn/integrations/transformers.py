@@ -44,6 +44,8 @@ HARMLESS = {
     "seq_idx": "of state-space layers; the mask or cu_seq_lens says it to attention",
 }
 
+_masking_utils = None  # transformers' module, once it was asked for
+
 
 def enable(name: str = NAME) -> str:
     """Registers attention and mask under `name`, for attn_implementation=name. -> name."""
@@ -56,9 +58,18 @@ def enable(name: str = NAME) -> str:
         from transformers.masking_utils import AttentionMaskInterface
     except ImportError as error:
         raise ImportError(f"needs transformers {OLDEST} or newer, found {_found()}") from error
+    _transformers_masks()
     AttentionInterface.register(name, attention)
     AttentionMaskInterface.register(name, mask)
     return name
+
+
+def _transformers_masks():
+    """transformers' module of masks, imported once: torch.compile cannot trace the import."""
+    global _masking_utils
+    if _masking_utils is None:
+        from transformers import masking_utils as _masking_utils
+    return _masking_utils
 
 
 def _found() -> str:
@@ -243,8 +254,7 @@ def mask(*, mask_function, attention_mask: Tensor | None = None, device="cpu", *
     kv_offset + j), and options of the other mask makers. transformers 4 has cache_position (q_length), the positions
     themselves.
     """
-    from transformers import masking_utils
-
+    masking_utils = _transformers_masks()
     if (config := arguments.get("config")) is not None and _knows_eager_only(type(config)):
         return _eager_mask(masking_utils, mask_function, attention_mask, device, arguments)
     if _is_traced(attention_mask):
