@@ -83,6 +83,11 @@ def show_machine(console: Console, report: Report, device: str) -> None:
     report.table((), rows, numbers_from=2)
 
 
+def milliseconds(seconds: float) -> str:
+    ms = seconds * 1e3
+    return f"{ms:.1f}" if ms >= 10 else f"{ms:.3f}"
+
+
 def show_comparison(console: Console, report: Report, scale: Scale, device: str) -> list[Result]:
     results = []
     with progress(console) as bar:
@@ -96,8 +101,8 @@ def show_comparison(console: Console, report: Report, scale: Scale, device: str)
             result.case.name,
             f"{result.error:.1e}",
             f"{result.error_sdpa:.1e}",
-            f"{result.seconds * 1e3:.1f}",
-            f"{result.seconds_sdpa * 1e3:.1f}",
+            milliseconds(result.seconds),
+            milliseconds(result.seconds_sdpa),
             f"{result.speedup:.2f} x",
         )
         for result in results

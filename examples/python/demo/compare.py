@@ -76,7 +76,7 @@ def run(cases: list[Case], seconds: float, device: str) -> Iterator[Result]:
         q, k, v = (torch.randn(shape, generator=generator).to(device, case.dtype) for shape in shapes)
         ours, theirs = flash_call(case, q, k, v), sdpa_call(case, q, k, v)
         exact = in_float64(case, q, k, v)
-        errors = [(out().view(exact.shape).double() - exact).abs().max().item() for out in (ours, theirs)]
+        errors = [(out().reshape(exact.shape).double() - exact).abs().max().item() for out in (ours, theirs)]
         yield Result(case, *errors, *alternate(ours, theirs, seconds=seconds, device=device))
 
 
