@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from cells import CELLS, DTYPES, TINY, Cell, Inputs
 from clock import Clock, Runner, alternate, captured, words
-from peers import PEERS, UNPAGED, Unserved, absent, chosen, ours, versions
+from peers import OPTION, PEERS, UNPAGED, Unserved, absent, chosen, ours, versions
 
 try:
     from tqdm import tqdm
@@ -64,7 +64,7 @@ class Bench:
         source = torch.empty(1 << (16 if self.on_cpu else 30), dtype=torch.uint8, device=self.device)
         target = torch.empty_like(source)
         self.copy, self.copy_bytes = (lambda: target.copy_(source)), 2.0 * source.numel()
-        self.contenders = [ours(None if name == "auto" else name) for name in args.backends] + [UNPAGED]
+        self.contenders = [ours(None if name == "auto" else name) for name in args.backends] + [UNPAGED, OPTION]
         self.missing = {}
         for peer in PEERS:
             if peer.name in args.peers:
@@ -153,10 +153,11 @@ class Bench:
         ran = not runner.error and bool(runner.samples)
         rate = amount / runner.seconds if ran else None
         is_decode = cell.name == "decode"
+        is_ours = runner.name.startswith("plus") and runner.name != OPTION.name
         return {
             "name": cell.name,
             "impl": runner.name,
-            "backend": runner.name.partition(":")[2] or backend if runner.name.startswith("plus") else None,
+            "backend": runner.name.partition(":")[2] or backend if is_ours else None,
             "dtype": self.args.dtype,
             "batch": cell.batch,
             "nheads_q": cell.nheads,
@@ -168,6 +169,7 @@ class Bench:
             "varlen": bool(cell.lengths),
             "tokens": sum(cell.lengths) or cell.batch * cell.seqlen_q,
             "page_size": cell.page_size,
+            "mod": cell.mod,
             "graph": runner.graph,
             "tbs" if is_decode else "tflops": rate and rate * 1e-12,
             "of_ceiling": rate and rate / limit,

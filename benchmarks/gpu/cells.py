@@ -6,6 +6,7 @@ import random
 from dataclasses import dataclass
 from itertools import accumulate
 
+import mods
 import torch
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -24,20 +25,23 @@ class Cell:
     lengths: tuple[int, ...] = ()  # varlen: of queries and keys; seqlen is then the longest
     is_quick: bool = False
     page_size: int = 0  # decode: keys in pages of so many rows, anywhere in a pool; 0: one after the other
+    mod: str = ""  # a function of scores, or a mask as a function: mods.py
 
     def __str__(self) -> str:
         heads = f"{self.nheads}" if self.nheads == self.nheads_k else f"{self.nheads}:{self.nheads_k}"
         rows = f"{self.seqlen}" if self.seqlen_q == self.seqlen else f"{self.seqlen_q} x {self.seqlen}"
         words = f"{self.name} batch {self.batch} heads {heads} seqlen {rows} headdim {self.headdim}"
         words += (" causal" if self.causal else "") + (" varlen" if self.lengths else "")
-        return words + (f" pages of {self.page_size}" if self.page_size else "")
+        words += f" pages of {self.page_size}" if self.page_size else ""
+        return words + (f" mod {self.mod}" if self.mod else "")
 
     @property
     def flops(self) -> float:
-        """Two products forward, five backward; half of them under a causal mask."""
+        """Two products forward, five backward, of the scores that a mask leaves."""
         pairs = sum(n * n for n in self.lengths) if self.lengths else self.batch * self.seqlen_q * self.seqlen
         products = 10 if self.name == "backward" else 4
-        return products * pairs * self.nheads * self.headdim * (0.5 if self.causal else 1.0)
+        seen = 0.5 if self.causal else mods.SEEN.get(self.mod, 1.0)
+        return products * pairs * self.nheads * self.headdim * seen
 
     @property
     def cache_bytes(self) -> int:
@@ -97,7 +101,8 @@ SHORT_AND_GQA = [
         (2, 16, 1, 4096, 128, False, False),
     )
 ]  # fmt: skip
-CELLS = [*TABLE, *DECODE, *PAGED, *VARLEN, *SHORT_AND_GQA]
+MODS = [Cell(name, 1, 16, 16, 8192, 8192, 128, False, mod=mod) for name in PASSES for mod in mods.NAMES]
+CELLS = [*TABLE, *DECODE, *PAGED, *VARLEN, *SHORT_AND_GQA, *MODS]
 
 # For a machine without an accelerator: nothing to be learnt about speed, only whether the program runs.
 TINY = [
@@ -105,6 +110,7 @@ TINY = [
     *(_varlen(name, (3, 0, 17, 12), 4, 2, 16, False, True) for name in PASSES),
     Cell("decode", 2, 4, 2, 1, 64, 16, False, is_quick=True),
     Cell("decode", 2, 4, 2, 1, 64, 16, False, is_quick=True, page_size=16),
+    *(Cell(name, 1, 2, 2, 64, 64, 16, False, is_quick=True, mod=mod) for name in PASSES for mod in mods.NAMES),
 ]
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import flash_attn
+import mods
 import torch
 from cells import Cell, Inputs
 from torch.nn.functional import scaled_dot_product_attention
@@ -33,6 +34,8 @@ class Contender:
 
 
 def _ours(cell: Cell, x: Inputs) -> Callable:
+    if cell.mod:
+        return _with_mod(cell, x)
     if cell.page_size:
         table = {"cache_seqlens": x.used, "block_table": x.pages}
 
@@ -47,6 +50,19 @@ def _ours(cell: Cell, x: Inputs) -> Callable:
         rest = (x.cu_seqlens, x.cu_seqlens, cell.seqlen_q, cell.seqlen)
         return lambda q, k, v: flash_attn.flash_attn_varlen_func(q, k, v, *rest, causal=cell.causal)
     return lambda q, k, v: flash_attn.flash_attn_func(q, k, v, causal=cell.causal)
+
+
+def _with_mod(cell: Cell, x: Inputs) -> Callable:
+    from flash_attn.cute import flash_attn_func
+    from flash_attn.cute.compute_block_sparsity import compute_block_sparsity
+
+    mod, device = mods.of(cell, x.q.device.type), x.q.device
+    options = {"score_mod": mod.score, "mask_mod": mod.mask}
+    if mod.lists:
+        options["block_sparse_tensors"] = compute_block_sparsity(
+            128, 128, 1, 1, cell.seqlen_q, cell.seqlen, mod.mask, None, device
+        )
+    return lambda q, k, v: flash_attn_func(q, k, v, **options)[0]
 
 
 def ours(backend: str | None) -> Contender:
@@ -68,6 +84,15 @@ def _rows_in_order(cell: Cell, x: Inputs) -> Callable:
     return forward
 
 
+def _by_option(cell: Cell, x: Inputs) -> Callable:
+    """Beside a call with a function of scores: the option that says the same."""
+    option = mods.of(cell, x.q.device.type).option
+    if option is None:
+        raise Unserved("no option says the same")
+    return lambda q, k, v: flash_attn.flash_attn_func(q, k, v, **option)
+
+
+OPTION = Contender("plus_option", _by_option, serves=lambda cell: bool(cell.mod))
 UNPAGED = Contender("plus_unpaged", _rows_in_order, serves=lambda cell: cell.page_size > 0)
 
 
@@ -75,13 +100,14 @@ def chosen(cell: Cell, x: Inputs) -> str:
     """The backend that the automatic choice takes."""
     q, k, v = (t.detach() for t in (x.q, x.k, x.v))
     sequences = () if x.cu_seqlens is None else (x.cu_seqlens, x.cu_seqlens, cell.seqlen_q, cell.seqlen)
-    call = flash_attn.explain(q, k, v, *sequences, causal=cell.causal, seqused_k=x.used,
-                              backward=cell.name == "backward")  # fmt: skip
+    mod = mods.of(cell, q.device.type) if cell.mod else mods.Mod()
+    call = flash_attn.explain(q, k, v, *sequences, causal=cell.causal, seqused_k=x.used, score_mod=mod.score,
+                              mask_mod=mod.mask, backward=cell.name == "backward")  # fmt: skip
     return next((c.backend for c in call.candidates if c.chosen), "")
 
 
-def _is_unpaged(cell: Cell) -> bool:
-    return not cell.page_size
+def _is_plain(cell: Cell) -> bool:
+    return not cell.page_size and not cell.mod
 
 
 # ---- PyTorch's -------------------------------------------------------------------------------------------------------
@@ -129,10 +155,12 @@ def _is_seen(b, h, i, j):
 def _flex(cell: Cell, x: Inputs) -> Callable:
     from torch.nn.attention.flex_attention import create_block_mask
 
+    device = x.q.device.type
+    mod = mods.of(cell, device) if cell.mod else mods.Mod(mask=_is_seen if cell.causal else None)
     mask = None
-    if cell.causal:
-        mask = create_block_mask(_is_seen, None, None, cell.seqlen_q, cell.seqlen, device=x.q.device.type)
-    run = partial(_flex_compiled(), block_mask=mask, enable_gqa=cell.nheads != cell.nheads_k)
+    if mod.mask:
+        mask = create_block_mask(mod.mask, None, None, cell.seqlen_q, cell.seqlen, device=device)
+    run = partial(_flex_compiled(), score_mod=mod.score, block_mask=mask, enable_gqa=cell.nheads != cell.nheads_k)
     return lambda q, k, v: run(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2)
 
 
@@ -174,11 +202,11 @@ def _fa4(cell: Cell, x: Inputs) -> Callable:
 
 
 PEERS = (
-    Contender("torch_fa2", _torch_fa2, lambda: _kernel("FLASH_ATTENTION"), _is_unpaged),
-    Contender("torch_cudnn", _sdpa, lambda: _kernel("CUDNN_ATTENTION"), _is_unpaged),
+    Contender("torch_fa2", _torch_fa2, lambda: _kernel("FLASH_ATTENTION"), _is_plain),
+    Contender("torch_cudnn", _sdpa, lambda: _kernel("CUDNN_ATTENTION"), _is_plain),
     Contender("torch_flex", _flex, serves=_flex_serves),
-    Contender("flaggems", _flag_gems, serves=_is_unpaged),
-    Contender("fa4", _fa4, serves=_is_unpaged),
+    Contender("flaggems", _flag_gems, serves=_is_plain),
+    Contender("fa4", _fa4, serves=_is_plain),
 )
 
 
