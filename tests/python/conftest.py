@@ -15,6 +15,9 @@ import pytest
 import torch
 from support import device as under_test
 
+# Folders of tests that make their tensors on the device, where their formulas run too; all others move them there.
+MADE_THERE = {"cute", "integrations", "layers", "modules"}
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", default=os.environ.get("FLASH_ATTN_FULL", "0") not in ("", "0"))
@@ -35,6 +38,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("device") is None:
                 item.add_marker(pytest.mark.skip(reason="about the CPU, or about no device"))
+
+
+def made_there(node: pytest.Item | pytest.Collector) -> bool:
+    return node.path.parent.name in MADE_THERE
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector: pytest.Collector):
+    """Tensors of a module are made when it is imported."""
+    with under_test.default_device(isinstance(collector, pytest.Module) and made_there(collector)):
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item):
+    """And so are those of fixtures and tests."""
+    with under_test.default_device(made_there(item)):
+        return (yield)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -65,7 +86,7 @@ def _under_test(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
     if request.node.get_closest_marker("device") is None:
         yield
         return
-    if under_test.DEVICE != "cpu":
+    if under_test.DEVICE != "cpu" and not made_there(request.node):
         draw = flash_attn._attention.draw_rng_state
         monkeypatch.setattr(
             flash_attn._attention, "draw_rng_state", lambda q: draw(q.new_empty(0, device="cpu")).to(q.device)

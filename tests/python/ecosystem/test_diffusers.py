@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
-import test_integrations_diffusers as quick
 import torch
 from diffusers import FluxTransformer2DModel, QwenImageTransformer2DModel, WanTransformer3DModel
 from diffusers.models import attention_dispatch as dispatch
 from flash_attn.integrations import diffusers as plus
+from integrations import test_diffusers as quick
 
 KINDS = ("none", "first", "holes", "full", "added")
 TOLERANCE = quick.TOLERANCE

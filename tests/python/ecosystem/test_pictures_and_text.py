@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-import test_integrations as quick
 import torch
 import transformers
 from flash_attn.integrations import transformers as plus
+from integrations import test_transformers as quick
 
 IMAGE, START, END = 119, 117, 118
 TEXT = dict(

@@ -5,11 +5,11 @@ from __future__ import annotations
 import datasets
 import peft
 import pytest
-import test_integrations as quick
 import torch
 import transformers
 import trl
 from flash_attn.integrations import transformers as plus
+from integrations import test_transformers as quick
 
 STEPS, LENGTHS = 4, [7, 12, 5, 9, 11, 6, 8, 10]
 OPTIONS = dict(

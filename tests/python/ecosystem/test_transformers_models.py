@@ -1,4 +1,4 @@
-"""Models of transformers on our attention: what takes longer than test_integrations.py, over all of its models.
+"""Models of transformers on our attention: what takes longer than the tests of integrations/, over all models.
 
 There, logits and gradients are compared with "eager" in fp32, and generation token by token, under every padding.
 """
@@ -6,9 +6,9 @@ There, logits and gradients are compared with "eager" in fp32, and generation to
 from __future__ import annotations
 
 import pytest
-import test_integrations as quick
 import torch
 from flash_attn.integrations import transformers as plus
+from integrations import test_transformers as quick
 
 MODELS = {name: (spec, None) for name, spec in quick.DECODERS.items()} | quick.OTHERS
 SIXTEEN = [torch.bfloat16, torch.float16]

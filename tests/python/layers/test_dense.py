@@ -21,6 +21,7 @@ from flash_attn.ops.fused_dense import (
 from flash_attn.ops.triton import k_activations
 from flash_attn.ops.triton.linear import triton_dgrad_act, triton_linear_act
 from flash_attn.ops.triton.mlp import FusedDenseSqreluDense, FusedDenseSqreluDenseFunc
+from support import device
 from torch.autograd.graph import saved_tensors_hooks
 
 from layers.judge import DTYPES, judge
@@ -37,6 +38,8 @@ def gelu(x):
 def squared_relu(x):
     return x.clamp(min=0) ** 2
 
+
+pytestmark = pytest.mark.device
 
 FORMULAS = {"gelu_approx": gelu_approx, "relu": lambda x: x.clamp(min=0), "sqrelu": squared_relu}
 
@@ -193,7 +196,7 @@ def test_mlp_modules():
 
 def test_autocast():
     mlp, x = FusedMLP(8), torch.randn(3, 8)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.device(device.DEVICE).type, torch.bfloat16):
         assert mlp(x).dtype == torch.bfloat16 and FusedDense(8, 8)(x).dtype == torch.bfloat16
 
 

@@ -31,9 +31,12 @@ from flash_attn.ops.triton.layer_norm import (
     rms_norm_fn,
     rms_norm_ref,
 )
+from support import device
 from torch.utils.flop_counter import FlopCounterMode
 
 from layers.judge import DTYPES, is_float, judge, run
+
+pytestmark = pytest.mark.device
 
 SHAPE, COLUMNS, EPS = (3, 5, 24), 24, 1e-3
 KINDS = pytest.mark.parametrize("is_rms_norm", [False, True], ids=["layer", "rms"])
@@ -45,7 +48,8 @@ def _way(request, monkeypatch):
     if request.param != "core":
         monkeypatch.setattr(_norm, "core_serves", lambda *_: False)
     if request.param == "blocks":
-        monkeypatch.setattr(_blocks, "_CPU", 100)
+        for limit in ("_CPU", "_DEVICE"):
+            monkeypatch.setattr(_blocks, limit, 100)
 
 
 def normalised(h, weight, bias, is_rms_norm, eps=EPS):
@@ -203,6 +207,7 @@ def core_calls(monkeypatch):
     return calls
 
 
+@device.cpu_only("the core")
 @pytest.mark.parametrize("_way", ["core"], indirect=True)
 def test_what_the_core_computes(core_calls):
     """RMSNorm of ordinary tensors of the CPU, with no more before it than a residual. All else is torch's."""
@@ -303,7 +308,7 @@ def test_linear_of_a_norm(dtype, is_rms_norm):
             terms=8,
             luck=2,  # the plain arithmetic rounds as often, elsewhere
         )
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.device(device.DEVICE).type, torch.bfloat16):
         args = torch.randn(2, 8), torch.ones(8), None, torch.randn(3, 8, requires_grad=True), None
         out = layer_norm_linear_fn(*args)
     assert out.dtype == torch.bfloat16

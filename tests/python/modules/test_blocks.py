@@ -19,6 +19,8 @@ from modules.formula import close
 
 MIXER, MLP = partial(MHA, num_heads=4), partial(Mlp, hidden_features=48)
 
+pytestmark = pytest.mark.device
+
 
 def randomized(module: nn.Module) -> nn.Module:
     for p in module.parameters():

@@ -20,6 +20,8 @@ from flash_attn.models import baichuan, bigcode, btlm, falcon, gpt, gpt_neox, gp
 from flash_attn.models._config import fraction_of  # noqa: E402
 from flash_attn.models._formats import remap_of  # noqa: E402
 
+pytestmark = pytest.mark.device
+
 NO_TOKENS = dict(vocab_size=VOCAB, bos_token_id=None, eos_token_id=None)
 
 

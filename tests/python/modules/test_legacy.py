@@ -15,6 +15,8 @@ from support.formula import attention
 
 from modules.formula import close
 
+pytestmark = pytest.mark.device
+
 
 def exact(q, k, v, bias, causal, scale):
     s = torch.einsum("bihd,bjhd->bhij", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)

@@ -19,6 +19,8 @@ from flash_attn.utils.generation import InferenceParams
 
 from modules.formula import close, mha
 
+pytestmark = pytest.mark.device
+
 ROTARY = dict(rotary_emb_dim=8, rotary_emb_base=100.0)
 CASES = {
     "plain": {},

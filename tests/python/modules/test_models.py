@@ -14,6 +14,8 @@ transformers = pytest.importorskip("transformers")
 from flash_attn.models import bert, gpt, llama  # noqa: E402
 from flash_attn.models.vit import VisionTransformer  # noqa: E402
 
+pytestmark = pytest.mark.device
+
 VOCAB = 61
 
 

@@ -6,6 +6,7 @@ import torch
 from flash_attn.cute.interface import flash_attn_func
 
 from support.compare import assert_as_exact, cancelling_terms, dot_terms, largest
+from support.device import generator
 from support.formula import attention
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -14,7 +15,7 @@ LENGTHS_Q, LENGTHS_K = [11, 0, 19, 5], [7, 4, 30, 5]
 
 def operands(shape, dtype, seed=0):
     batch, seqlen_q, seqlen_k, nheads, nheads_k, headdim, headdim_v = shape
-    g = torch.Generator().manual_seed(seed)
+    g = generator(seed)
     sizes = ((seqlen_q, nheads, headdim), (seqlen_k, nheads_k, headdim), (seqlen_k, nheads_k, headdim_v))
     return [torch.randn(batch, *size, generator=g).to(dtype) for size in sizes]
 
@@ -23,7 +24,7 @@ def gradients(function, tensors, extra):
     """-> out, lse, and the gradients of a fixed function of both."""
     leaves = [x.detach().clone().requires_grad_() for x in (*tensors, *extra.values())]
     out, lse = function(*leaves[: len(tensors)], **dict(zip(extra, leaves[len(tensors) :], strict=True)))
-    g = torch.Generator().manual_seed(5)
+    g = generator(5)
     dout = torch.randn(out.shape, generator=g).to(tensors[0].dtype)
     dlse = torch.randn(lse.shape, generator=g)
     loss = (out * dout.to(out.dtype)).sum() + (torch.where(torch.isinf(lse), 0, lse) * dlse).sum()

@@ -1,12 +1,14 @@
 """The device under test (--device) and the backend (--backend), and the public functions that run there.
 
-Tests make their tensors on the CPU, where the formula and the oracle run too. The functions of this module take them
-to the device, memory layout and all, call flash_attn's there, and bring the results back; autograd follows both ways.
-Without the options they are flash_attn's own.
+Most tests make their tensors on the CPU, where the formula and the oracle run too. The functions of this module take
+them to the device, memory layout and all, call flash_attn's there, and bring the results back; autograd follows both
+ways. Without the options they are flash_attn's own. Tests of some folders (conftest.py) make their tensors on the
+device, `default_device`, and compute their formulas there.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 
@@ -30,6 +32,16 @@ def configure(device: str, backend: str | None) -> None:
 
 def cpu_only(why: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(DEVICE != "cpu", reason=f"about the CPU: {why}")
+
+
+def default_device(there: bool) -> contextlib.AbstractContextManager:
+    """Tensors whose maker names no device are made on the device under test."""
+    return torch.device(DEVICE) if there and DEVICE != "cpu" else contextlib.nullcontext()
+
+
+def generator(seed: int) -> torch.Generator:
+    """Of the device under test, for tensors that are made there."""
+    return torch.Generator(DEVICE).manual_seed(seed)
 
 
 class _Move(torch.autograd.Function):

@@ -10,6 +10,7 @@ from flash_attn.cute.interface import (
     flash_attn_func,
     flash_attn_varlen_func,
 )
+from support import device
 from support.cute import (
     BASE,
     DOCUMENTS,
@@ -27,7 +28,10 @@ from support.cute import (
     packed,
     with_lse,
 )
+from support.device import generator
 from support.formula import attention
+
+pytestmark = pytest.mark.device
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -53,7 +57,7 @@ def test_alibi_is_the_slopes():
 
 
 def test_mods_with_sink():
-    sink = torch.randn(4, generator=torch.Generator().manual_seed(1))
+    sink = torch.randn(4, generator=generator(1))
     for name in ("some heads", "both"):
         check(with_lse(**MODS[name]), by_formula(**MODS[name]), operands(BASE, torch.float32), {"learnable_sink": sink})
 
@@ -61,7 +65,7 @@ def test_mods_with_sink():
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gradient_of_what_score_mod_reads(dtype):
     """A table of relative positions, and a number, by closure."""
-    table = torch.randn(4, 96, generator=torch.Generator().manual_seed(3)).to(dtype)
+    table = torch.randn(4, 96, generator=generator(3)).to(dtype)
     gain = torch.tensor(1.5, dtype=dtype)
 
     def ours(q, k, v, table, gain):
@@ -103,7 +107,7 @@ class Relative(torch.nn.Module):
 
 def test_where_a_table_comes_from():
     q, k, v = operands(BASE, torch.float32)
-    table = torch.randn(4, 96, generator=torch.Generator().manual_seed(3)).requires_grad_()
+    table = torch.randn(4, 96, generator=generator(3)).requires_grad_()
     module = Relative(table.detach().clone())
     aux = {"aux_tensors": [table]}
     calls = [
@@ -252,8 +256,8 @@ def test_score_mod_bwd_is_the_gradient():
 def test_mods_of_packed_sequences(blocks):
     """Positions are those within a sequence; seqlen_info finds the rows of packed tables."""
     tensors, cu_q, cu_k = packed(torch.float32)
-    label = torch.randint(0, 3, (sum(LENGTHS_K),), generator=torch.Generator().manual_seed(4))
-    table = torch.randn(4, 19, generator=torch.Generator().manual_seed(3))
+    label = torch.randint(0, 3, (sum(LENGTHS_K),), generator=generator(4))
+    table = torch.randn(4, 19, generator=generator(3))
 
     def mask(b, h, i, j, info, aux):
         return (j <= i) & (label[info.offset_k + j] < 2) & (j < info.seqlen_k)
@@ -264,7 +268,7 @@ def test_mods_of_packed_sequences(blocks):
     lists = None
     if blocks:
         sizes = (8, 4, 4, 4, 19, 30)
-        lists = compute_block_sparsity(*sizes, mask_mod=mask, aux_tensors=None, device="cpu", **tables)
+        lists = compute_block_sparsity(*sizes, mask_mod=mask, aux_tensors=None, device=device.DEVICE, **tables)
         assert lists.cu_total_m_blocks.tolist() == [0, 2, 2, 5, 6] and lists.block_size == (8, 4)
         assert lists.cu_block_idx_offsets.tolist() == [0, 4, 4, 28, 30]
 
@@ -311,7 +315,7 @@ def test_flex_attention_says_the_same():
         mods = MODS[name]
         block_mask = None
         if "mask_mod" in mods:
-            block_mask = flex.create_block_mask(mods["mask_mod"], 2, 4, 53, 53, device="cpu", BLOCK_SIZE=16)
+            block_mask = flex.create_block_mask(mods["mask_mod"], 2, 4, 53, 53, device=device.DEVICE, BLOCK_SIZE=16)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about running uncompiled
             theirs = flex.flex_attention(
@@ -321,6 +325,7 @@ def test_flex_attention_says_the_same():
         torch.testing.assert_close(flash_attn_func(q, k, v, **mods)[0], theirs, rtol=1e-5, atol=1e-5)
 
 
+@device.cpu_only("counts its memory")
 def test_memory_is_linear():
     """No temporary of all scores, forward or backward."""
     q, k, v = (x.requires_grad_() for x in operands((1, 2048, 2048, 1, 1, 8, 8), torch.float32))

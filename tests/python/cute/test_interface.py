@@ -34,7 +34,10 @@ from support.cute import (
     packed,
     with_lse,
 )
+from support.device import cpu_only, generator
 from support.formula import attention, attention_varlen
+
+pytestmark = pytest.mark.device
 
 SIGNATURES = {
     "flash_attn_func": (
@@ -117,7 +120,7 @@ def test_feature(name, dtype):
 @pytest.mark.parametrize("causal", [False, True])
 def test_sink(causal, dtype):
     tensors = operands(MORE_QUERIES, dtype)
-    sink = torch.randn(4, generator=torch.Generator().manual_seed(1)).to(dtype)
+    sink = torch.randn(4, generator=generator(1)).to(dtype)
     check(with_lse(causal=causal), by_formula(causal=causal), tensors, {"learnable_sink": sink})
     _, lse = flash_attn_func(*tensors, causal=True, learnable_sink=sink, return_lse=True)
     assert torch.equal(lse[:, :, :16], sink.float()[None, :, None].expand(2, 4, 16))  # what sees nothing sees the sink
@@ -148,7 +151,7 @@ def test_compiles():
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_qv(dtype):
     q, k, v = operands((2, 21, 33, 4, 2, 16, 24), dtype)
-    qv = torch.randn(2, 21, 4, 24, generator=torch.Generator().manual_seed(2)).to(dtype)
+    qv = torch.randn(2, 21, 4, 24, generator=generator(2)).to(dtype)
 
     def formula(q, k, v, qv):
         return attention(torch.cat([q, qv], -1), torch.cat([k, v], -1), v, torch.float64, causal=True)
@@ -174,7 +177,7 @@ def test_qv(dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_varlen(dtype):
     tensors, cu_q, cu_k = packed(dtype)
-    sink = torch.randn(4, generator=torch.Generator().manual_seed(1)).to(dtype)
+    sink = torch.randn(4, generator=generator(1)).to(dtype)
     tables = {"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k, "max_seqlen_q": 19, "max_seqlen_k": 30}
     ours = with_lse(flash_attn_varlen_func, causal=True, window_size=(9, None), **tables)
 
@@ -199,7 +202,7 @@ def test_lengths_in_use_and_pages(mods):
         torch.testing.assert_close(lse[b : b + 1, :, :n], alone[1], rtol=1e-6, atol=1e-6)
         assert not out[b, n:].any() and (lse[b, :, n:] == -torch.inf).all()
 
-    order = torch.randperm(9, generator=torch.Generator().manual_seed(0))  # pages of 4 rows, 3 of each sequence
+    order = torch.randperm(9, generator=generator(0))  # pages of 4 rows, 3 of each sequence
     pages = [torch.empty(9, 4, 2, 16) for _ in (k, v)]
     for page, x in zip(pages, (k, v), strict=True):
         page[order] = x.reshape(9, 4, 2, 16)
@@ -216,7 +219,7 @@ def test_lengths_in_use_and_pages(mods):
 @pytest.mark.parametrize("mods", [{}, MODS["both"]], ids=["plain", "mods"])
 def test_forward_and_backward_alone(mods):
     q, k, v = operands(BASE, torch.bfloat16)
-    sink = torch.randn(4, generator=torch.Generator().manual_seed(1))
+    sink = torch.randn(4, generator=generator(1))
     options = {"learnable_sink": sink, **mods}
     ours, dout = gradients(
         lambda q, k, v, **e: flash_attn_func(q, k, v, **mods, **e, return_lse=True), (q, k, v), {"learnable_sink": sink}
@@ -226,7 +229,7 @@ def test_forward_and_backward_alone(mods):
     assert len(results) == 4 and results[0] is out and results[1] is lse and results[2:] == (None, None)
     assert torch.equal(out, ours[0]) and torch.equal(lse, ours[1])
     assert _flash_attn_fwd(q, k, v, **options)[1] is None
-    dlse = torch.randn(lse.shape, generator=torch.Generator().manual_seed(6))
+    dlse = torch.randn(lse.shape, generator=generator(6))
     _, *want = gradients_of(lambda *x: flash_attn_func(*x[:3], learnable_sink=x[3], **mods, return_lse=True),
                             (q, k, v, sink), dout, dlse)  # fmt: skip
     dq = torch.empty_like(q)
@@ -339,6 +342,7 @@ def test_refused(name):
         flash_attn_func(*operands(BASE, torch.float32), **options)
 
 
+@cpu_only("names its backend")
 def test_refused_by_state():
     q, k, v = operands(BASE, torch.float32)
     with flash_attn.use_backend("cpu"), pytest.raises(NotImplementedError, match="run on the backend torch.*; cpu was"):
@@ -356,6 +360,7 @@ def test_refused_by_state():
         _flash_attn_fwd(q, k, v, q_descale=torch.ones(2, 2))
 
 
+@cpu_only("names its backend")
 def test_explained():
     q, k, v = operands(BASE, torch.bfloat16)
     explanation = flash_attn.explain(q, k, v, mask_mod=causal_mask)

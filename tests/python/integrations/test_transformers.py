@@ -14,6 +14,9 @@ import torch
 from flash_attn.integrations import _attend
 from flash_attn.integrations import transformers as plus
 from flash_attn.integrations._row_mask import RowMask, row_mask
+from support import device
+
+pytestmark = pytest.mark.device
 
 # Two layers of fp32 sums in another order; 9 eps of the largest element is the most measured.
 TOLERANCE = 32 * torch.finfo(torch.float32).eps
@@ -362,8 +365,10 @@ def test_padding_mask_of_two_dimensions(side, is_causal, window):
 
 
 def test_masks_move_between_devices():
-    mask = row_mask((2, 3, 5), "cpu", padding_mask=torch.tensor([[0, 1, 1, 1, 1], [1] * 5]).bool(), shift=2, right=0)
-    for moved in (mask.to("cpu", copy=True), mask.clone(), mask.contiguous(), mask.to(torch.bool)):
+    mask = row_mask(
+        (2, 3, 5), device.DEVICE, padding_mask=torch.tensor([[0, 1, 1, 1, 1], [1] * 5]).bool(), shift=2, right=0
+    )
+    for moved in (mask.to(device.DEVICE, copy=True), mask.clone(), mask.contiguous(), mask.to(torch.bool)):
         assert isinstance(moved, RowMask) and moved.padding == "left" and torch.equal(moved & True, mask & True)
     away = mask.to("meta", non_blocking=True)
     assert isinstance(away, RowMask) and away.device.type == away.first.device.type == away.shift.device.type == "meta"
@@ -378,7 +383,7 @@ def test_dropout_and_autocast():
     torch.manual_seed(1)
     x = (x.transpose(1, 2) for x in (q, k, v))
     assert torch.equal(out, _attend.flash_attn_func(*x, 0.5, causal=True))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(torch.device(device.DEVICE).type, dtype=torch.bfloat16):
         assert plus.attention(module, q, k.bfloat16(), v, None)[0].dtype == torch.bfloat16
 
 
@@ -402,7 +407,7 @@ REFUSED = {
     "sinks": (dict(s_aux=torch.zeros(3)), ValueError, r"s_aux: .* \(4\), got \(3,\)"),
     "half-packed": (dict(cu_seq_lens_q=torch.tensor([0, 9])), ValueError, "cu_seq_lens_k: .* got None"),
     "mask": (dict(attention_mask=torch.ones(2, 9, 9)), ValueError, r"attention_mask: expected .* got \(2, 9, 9\)"),
-    "longer-mask": (dict(attention_mask=row_mask((2, 9, 12), "cpu")), ValueError, r"got \(2, 1, 9, 12\)"),
+    "longer-mask": (dict(attention_mask=row_mask((2, 9, 12), device.DEVICE)), ValueError, r"got \(2, 1, 9, 12\)"),
     "packed-and-masked": (
         dict(attention_mask=torch.ones(2, 9), cu_seq_lens_q=torch.tensor([0, 18]), cu_seq_lens_k=torch.tensor([0, 18])),
         ValueError,

@@ -7,7 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from flash_attn.integrations import sdpa
+from support import device
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+pytestmark = pytest.mark.device
 
 EPS = torch.finfo(torch.float32).eps
 KNOWS_GROUPS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 5)
@@ -173,6 +176,7 @@ def test_pytorchs_own_where_we_refuse(case):
             assert torch.equal(got, expected)
 
 
+@device.cpu_only("the oracle")
 def test_float64_by_the_oracle_if_it_is_chosen(only_ours):
     q = tensor(dtype=torch.float64)
     with flash_attn.backend("reference"):
@@ -205,7 +209,7 @@ def test_dropout_repeats_with_the_seed(only_ours):
 
 def test_autocast(only_ours):
     q, mask = tensor(), torch.randn(L, L)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(torch.device(device.DEVICE).type, dtype=torch.bfloat16):
         assert sdpa.scaled_dot_product_attention(q, q.bfloat16(), q, mask).dtype == torch.bfloat16
 
 

@@ -10,6 +10,9 @@ import builtins
 import pytest
 import torch
 from flash_attn.integrations import diffusers as plus
+from support import device
+
+pytestmark = pytest.mark.device
 
 BATCH, SEQLEN_Q, SEQLEN_K, NHEADS, HEADDIM = 2, 7, 9, 4, 16
 TOLERANCE = 32 * torch.finfo(torch.float32).eps  # of the largest element
@@ -17,7 +20,7 @@ TOLERANCE = 32 * torch.finfo(torch.float32).eps  # of the largest element
 
 def masks() -> dict[str, torch.Tensor]:
     """-> what is given; PyTorch takes the same, with four dimensions."""
-    generator = torch.Generator().manual_seed(2)
+    generator = device.generator(2)
     some = torch.rand((BATCH, NHEADS, SEQLEN_Q, SEQLEN_K), generator=generator) < 0.6
     some[..., 0] = True  # a row that sees nothing is 0 here and NaN there
     j = torch.arange(SEQLEN_K)
