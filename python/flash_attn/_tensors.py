@@ -31,6 +31,15 @@ def is_plain(*tensors: Tensor) -> bool:
     )
 
 
+def result_of_function(x: Tensor) -> Tensor:
+    """`x` as the result of an autograd.Function's forward.
+
+    Where an operation in place, or one that does nothing, gave x its last value, torch.compile of PyTorch 2.11 takes it
+    for two results, and the gradient is zero. In a compiled graph this is a copy, which compilers leave out.
+    """
+    return x.clone() if _is_compiling() else x
+
+
 CORE_DTYPES = torch.float32, torch.bfloat16, torch.float16
 
 

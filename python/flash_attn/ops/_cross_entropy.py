@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from flash_attn._errors import InvalidArgument, InvalidType
-from flash_attn._tensors import is_plain
+from flash_attn._tensors import is_plain, result_of_function
 from flash_attn.ops._blocks import row_blocks
 from flash_attn.utils.distributed import all_gather_raw
 
@@ -94,7 +94,7 @@ class CrossEntropyLoss(torch.autograd.Function):
         ignored = labels == ignore_index
         losses = losses.masked_fill_((labels < 0) | (labels >= world * classes), torch.nan)
         z_losses = (lse_square_scale * lse.square()).masked_fill_(ignored, 0.0)
-        losses = (losses + z_losses).masked_fill_(ignored, 0.0)
+        losses = result_of_function((losses + z_losses).masked_fill_(ignored, 0.0))
         ctx.save_for_backward(logits, lse, labels)
         ctx.mark_non_differentiable(z_losses)
         ctx.options = smoothing, logit_scale, lse_square_scale, ignore_index, inplace_backward, world, rank

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flash_attn._errors import InvalidArgument
+from flash_attn._tensors import result_of_function
 from flash_attn.ops._blocks import row_blocks
 
 __all__ = [
@@ -62,7 +63,7 @@ class GeLUFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, input, bias):
         ctx.save_for_backward(input, bias)
-        return bias_gelu(input, bias)
+        return result_of_function(bias_gelu(input, bias))
 
     @staticmethod
     def backward(ctx, grad_output):
@@ -73,7 +74,7 @@ class FastGeLUFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, input):
         ctx.save_for_backward(input)
-        return gelu_fwd(input)
+        return result_of_function(gelu_fwd(input))
 
     @staticmethod
     def backward(ctx, grad_output):
@@ -141,7 +142,7 @@ class SwiGLUFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, y):
         ctx.save_for_backward(x, y)
-        return swiglu_fwd(x, y)
+        return result_of_function(swiglu_fwd(x, y))
 
     @staticmethod
     def backward(ctx, dout):

@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from flash_attn._errors import InvalidArgument
+from flash_attn._tensors import result_of_function
 
 __all__ = [
     "AllGatherFunc",
@@ -59,7 +60,7 @@ class AllGatherFunc(torch.autograd.Function):
     @staticmethod
     def forward(ctx, input_: Tensor, process_group: dist.ProcessGroup) -> Tensor:
         ctx.process_group = process_group
-        return all_gather_raw(input_, process_group)[0]
+        return result_of_function(all_gather_raw(input_, process_group)[0])
 
     @staticmethod
     def backward(ctx, grad_output: Tensor):
@@ -72,7 +73,7 @@ class ReduceScatterFunc(torch.autograd.Function):
     @staticmethod
     def forward(ctx, input_: Tensor, process_group: dist.ProcessGroup) -> Tensor:
         ctx.process_group = process_group
-        return reduce_scatter_raw(input_, process_group)[0]
+        return result_of_function(reduce_scatter_raw(input_, process_group)[0])
 
     @staticmethod
     def backward(ctx, grad_output: Tensor):
@@ -84,7 +85,7 @@ class AllReduceFunc(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, input_: Tensor, process_group: dist.ProcessGroup) -> Tensor:
-        return all_reduce_raw(input_.clone(), process_group)[0]
+        return result_of_function(all_reduce_raw(input_.clone(), process_group)[0])
 
     @staticmethod
     def backward(ctx, grad_output: Tensor):

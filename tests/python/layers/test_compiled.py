@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from flash_attn import bert_padding
 from flash_attn.layers.rotary import RotaryEmbedding, apply_rotary_emb, apply_rotary_emb_kv_, apply_rotary_emb_qkv_
 from flash_attn.losses.cross_entropy import CrossEntropyLoss
-from flash_attn.ops.activations import bias_gelu_impl, swiglu
+from flash_attn.ops.activations import bias_gelu_impl, fast_gelu_impl, swiglu
 from flash_attn.ops.fused_dense import FusedMLP
 from flash_attn.ops.layer_norm import dropout_add_layer_norm
 from flash_attn.ops.triton.layer_norm import RMSNorm, layer_norm_fn, layer_norm_linear_fn, rms_norm_fn
@@ -45,20 +46,29 @@ CASES = {
     "dropout_add": (lambda x: dropout_add_layer_norm(x, x, W, B, 0.0, 1e-5, layerscale=W1, prenorm=True), (3, 5, 8)),
     "swiglu": (lambda x: swiglu(x, x + 1), (3, 8)),
     "bias gelu": (lambda x: bias_gelu_impl(x, B), (3, 8)),
-    "mlp": (lambda x: MLP(x), (3, 8)),
+    "fast gelu": (lambda x: fast_gelu_impl(x * 1), (3, 8)),
+    "mlp": (lambda x: MLP(x.float()), (3, 8)),
+    "rows of": (lambda x: bert_padding.index_first_axis(x * 1, LABELS.clamp(0)), (4, 7)),
+    "rows put": (lambda x: bert_padding.index_put_first_axis(x * 1, OFFSETS, 4), (3, 7)),
+    "rows of, residual": (lambda x: bert_padding.index_first_axis_residual(x * 1, OFFSETS), (3, 7)),
+    "padded": (lambda x: bert_padding.pad_input(x * 1, OFFSETS, 2, 3), (3, 7)),
 }
 
 
+BOUND = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("case", CASES)
-def test_one_graph(case):
+def test_one_graph(case, dtype):
     function, shape = CASES[case]
     torch.compiler.reset()
-    given = {"x": torch.randn(shape, requires_grad=True)}
+    given = {"x": torch.randn(shape, requires_grad=True, dtype=dtype)}
     douts = [torch.randn_like(y) for y in run(function, given)[0]]
     outs, grads = run(function, given, douts)
     compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
     for a, b in zip(outs + [grads["x"]], [*(got := run(compiled, given, douts))[0], got[1]["x"]], strict=True):
-        assert torch.allclose(a, b, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(a, b, rtol=BOUND[dtype], atol=BOUND[dtype])
 
 
 def test_in_place_writes_back():
