@@ -146,4 +146,5 @@ def unpad_input_for_concatenated_sequences(hidden_states: Tensor, attention_mask
 
 def pad_input(hidden_states: Tensor, indices: Tensor, batch: int, seqlen: int) -> Tensor:
     """The way back: rows (total, ...) -> (batch, seqlen, ...), zero where there was padding."""
-    return index_put_first_axis(hidden_states, indices, batch * seqlen).unflatten(0, (batch, seqlen))
+    rows = index_put_first_axis(hidden_states, indices, batch * seqlen)
+    return rows.view(batch, seqlen, *rows.shape[1:])

@@ -17,19 +17,21 @@ GradientRows::GradientRows(Arena& arena, const BackwardPlan& plan)
       dq_(arena.take<float>(plan.rows * plan.ldq)),
       base_(arena.take<float>(plan.rows)),
       delta_(arena.take<float>(plan.rows)),
+      largest_(arena.take<float>(plan.rows)),
       dbias_(arena.take<float*>(plan.rows)) {}
 
 /// Of a row that has no lse nothing is seen: a bias may hide what the mask does not.
 void GradientRows::look_up(const BackwardPass& pass, const Sequence& sequence, int64_t b, int64_t head, int64_t first,
                            int64_t last) {
   const Problem& p = pass.p;
-  sequence_ = sequence, head_ = head, first_ = first, last_ = last;
+  sequence_ = sequence, b_ = b, head_ = head, first_ = first, last_ = last;
   packed_for_ = nullptr;
   dbias_origin_ = 0;
   terms_.begin_sequence(sequence, b);
   for (int64_t i = first, r = 0; i < last; ++i, ++r) {
     const float lse = *reinterpret_cast<const float*>(p.lse.at(sequence.q_batch, sequence.q_row + i, head));
     base_[r] = std::isinf(lse) ? INFINITY : to_log2(lse);
+    largest_[r] = 0.0f;
     terms_.add_query(p, head, i, std::isinf(lse));
     if (p.dbias.present()) dbias_[r] = reinterpret_cast<float*>(p.dbias.at(b, i, head));
   }
@@ -58,6 +60,50 @@ void GradientRows::compute_delta(const BackwardPass& pass) {
   }
   for (int64_t r = 0; p.dlse.present() && r < rows(); ++r)
     delta_[r] -= *reinterpret_cast<const float*>(p.dlse.at(sequence_.q_batch, sequence_.q_row + first_ + r, head_));
+  if (p.scores.bias.present()) share_hidden_rows(pass);
+}
+
+void GradientRows::share_hidden_rows(const BackwardPass& pass) {
+  const Problem& p = pass.p;
+  for (int64_t r = 0; r < rows(); ++r) {
+    if (!(std::abs(base_[r]) >= kHugeScore) || std::isinf(base_[r])) continue;
+    const char* row;
+    const RowList dout = rows_of(p.dout, sequence_, head_, first_ + r, 1, p.headdim_v, p.dtype, &row);
+    float square;
+    pass.k.dot_rows(dout, dout, &square);
+    if (square == 0.0f && delta_[r] == 0.0f) continue;  // padding: no gradient comes to it
+    largest_[r] = -std::log2(static_cast<float>(std::max<int64_t>(1, largest_scores(pass, r))));
+  }
+}
+
+int64_t GradientRows::largest_scores(const BackwardPass& pass, int64_t r) const {
+  const Problem& p = pass.p;
+  const ScorePipeline& scores = p.scores;
+  const int64_t i = first_ + r, position = i + sequence_.seqlen_k - sequence_.seqlen_q;
+  const double base = base_[r], least = base - std::abs(base) * 0x1p-20;
+  const Interval seen = scores.mask.row(i, sequence_.seqlen_q, sequence_.seqlen_k);
+  const char* const bias = scores.bias.at(b_, i, head_);
+  const int64_t bias_step = scores.bias.stride_col * static_cast<int64_t>(size_of(scores.bias.dtype));
+  const double slope = scores.alibi ? scores.alibi_slope(b_, head_) : 0.0;
+  const char *q[kMostPacked], *k[kMostPacked];
+  float dots[kMostPacked];
+  int64_t count = 0;
+  for (int64_t first = seen.lo; first < seen.hi; first += kMostPacked) {
+    const int64_t n = std::min(kMostPacked, seen.hi - first);
+    for (int64_t j = 0; j < n; ++j) {
+      q[j] = p.q.at(sequence_.q_batch, sequence_.q_row + i, head_);
+      k[j] = p.k.at(sequence_.k_batch, sequence_.k_row + first + j, head_ / p.group());
+    }
+    pass.k.dot_rows({q, n, p.headdim, p.q.stride_col, p.dtype}, {k, n, p.headdim, p.k.stride_col, p.dtype}, dots);
+    for (int64_t j = 0; j < n; ++j) {
+      double s = scores.scale * dots[j];
+      if (scores.softcap > 0) s = scores.softcap * std::tanh(s / scores.softcap);
+      s -= slope * static_cast<double>(std::abs(position - first - j));
+      s += load_number(bias + (first + j) * bias_step, scores.bias.dtype);
+      count += to_log2(s) > least;
+    }
+  }
+  return count;
 }
 
 bool GradientRows::pack_for(const BackwardPass& pass, const BackwardKernel& kernel) {
@@ -87,6 +133,7 @@ BackwardTask GradientRows::task_of_keys(const BackwardPass& pass, int64_t begin)
   task.row_capacity = pass.plan.rows;
   task.base = base_;
   task.delta = delta_;
+  task.largest = largest_;
   task.row_special = row_special_;
   task.dbias = pass.p.dbias.present() ? dbias_ : nullptr;
   task.dbias_stride = pass.p.dbias.stride_col;

@@ -1,8 +1,6 @@
 // Some queries of one head in the backward, while the keys that they see pass by, one split after the other.
 #pragma once
 
-#include <vector>
-
 #include "cpu/plan.hpp"
 #include "cpu/row_terms.hpp"
 
@@ -40,10 +38,15 @@ class GradientRows {
 
  private:
   void count_from(const BackwardPass& pass, int64_t key);
+  /// `largest_` of rows that a finite bias hides whole: -1e30, or the least of a dtype. Then lse is that number, and
+  /// how many keys share it was lost when lse was rounded.
+  void share_hidden_rows(const BackwardPass& pass);
+  /// How many scores of a row kernels count as its largest.
+  int64_t largest_scores(const BackwardPass& pass, int64_t r) const;
   int64_t rows() const { return last_ - first_; }
 
   Sequence sequence_{};
-  int64_t head_ = 0, first_ = 0, last_ = 0;
+  int64_t b_ = 0, head_ = 0, first_ = 0, last_ = 0;
   const BackwardKernel* packed_for_ = nullptr;
   bool special_ = false;
   int64_t dbias_origin_ = 0;
@@ -51,7 +54,7 @@ class GradientRows {
   RowTerms terms_;
   char *queries_, *scratch_;
   uint8_t* row_special_;
-  float *dq_, *base_, *delta_;
+  float *dq_, *base_, *delta_, *largest_;
   float** dbias_;  // of key dbias_origin_
 };
 

@@ -17,6 +17,10 @@ namespace flash_attn::cpu {
 inline constexpr double kLog2e = 1.4426950408889634;
 inline constexpr double kLn2 = 0.6931471805599453;
 
+/// In base 2. Beyond this, the rounding of a base is worth 1 and more: scale s - base, rounded once, may be far above
+/// 0.
+inline constexpr float kHugeScore = 0x1p24f;
+
 /// Rows of one tensor, each found by its address: strided memory, pages and head groups all look like this.
 struct RowList {
   const char* const* row;  // (rows); nullptr: a row of zeros
@@ -123,6 +127,7 @@ struct BackwardTask {
   int64_t row_capacity, keys;  // keys: padded to panels
   const float* base;           // (rows): lse * log2(e); +inf: the row sees nothing
   const float* delta;          // (rows): sum of dout * out, less dlse
+  const float* largest;        // (rows): s - base of scores that may be the largest, where base is beyond kHugeScore
   const uint8_t* row_special;  // (rows / tile_rows): what pack_queries returned
   const uint8_t* key_special;  // (keys / panel): what pack_keys returned
   const int64_t *lo, *hi;      // (rows)
@@ -194,8 +199,8 @@ struct Kernels {
   void (*norm_gradient_rows)(const NormGradientRows& task);
   /// row (cols), plus `add`, in fp32 -> to (cols padded to the width).
   void (*read_row)(const Rows& row, int64_t cols, float add, float* to);
-  /// Columns [0, cols) of the sum of `parts` rows of `ld` floats, in their order -> to, rounded once. `rows` may be read
-  /// up to a whole vector.
+  /// Columns [0, cols) of the sum of `parts` rows of `ld` floats, in their order -> to, rounded once. `rows` may be
+  /// read up to a whole vector.
   void (*sum_parts)(const float* rows, int64_t parts, int64_t ld, int64_t cols, const Rows& to);
 };
 

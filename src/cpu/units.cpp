@@ -21,14 +21,15 @@ ScoreScale score_scale(const ScorePipeline& s) {
   return {static_cast<float>(std::copysign(factor, s.scale)), static_cast<float>(scale / factor), softcap_log2};
 }
 
-double sink_logit(const ScorePipeline& s, int64_t head) {
-  const char* at = s.sink.at(0, 0, head);
-  switch (s.sink.dtype) {
+double load_number(const char* at, DType dtype) {
+  switch (dtype) {
     case DType::f16: return f16_to_float(*reinterpret_cast<const uint16_t*>(at));
     case DType::bf16: return bf16_to_float(*reinterpret_cast<const uint16_t*>(at));
     case DType::f64: return *reinterpret_cast<const double*>(at);
     default: return *reinterpret_cast<const float*>(at);
   }
 }
+
+double sink_logit(const ScorePipeline& s, int64_t head) { return load_number(s.sink.at(0, 0, head), s.sink.dtype); }
 
 }  // namespace flash_attn::cpu

@@ -25,6 +25,9 @@ struct ScoreScale {
 };
 ScoreScale score_scale(const ScorePipeline& scores);
 
+/// A number in memory, of f16, bf16, f32 or f64.
+double load_number(const char* at, DType dtype);
+
 /// The sink of a head as a logit (natural log units).
 double sink_logit(const ScorePipeline& scores, int64_t head);
 

@@ -138,6 +138,39 @@ def test_gradient_through_lse(dtype, causal, engine):
         check(with_probs, *inputs((2, 41, 29, 4, 2, 24), {"causal": causal}, dtype), with_lse_gradient=True)
 
 
+@pytest.mark.parametrize("engine", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # of -65504, fp16's least, lse holds 1 / 256
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("low", [-1e30, -torch.inf], ids=["1e30", "the least"])
+def test_rows_that_a_finite_bias_hides(low, causal, dtype, engine):
+    """All their keys count alike, in gradients, too; whoever gets no gradient there hands none on."""
+    low = max(low, torch.finfo(dtype).min)
+    g = torch.Generator().manual_seed(3)
+    tensors, extra, _ = inputs((2, 41, 300, 4, 2, 24), {}, dtype)
+    bias = torch.randn(2, 4, 41, 300, generator=g)
+    bias[..., 200:], bias[:, 1:, 5:9], bias[:, :, 20:30] = low, low, low
+    extra["attn_bias"] = bias.to(dtype)
+
+    def outs(function, dtype=None):
+        def gradients(padding):
+            leaves = [x.to(dtype or x.dtype).requires_grad_() for x in (*tensors, extra["attn_bias"])]
+            out = function(*leaves[:3], attn_bias=leaves[3], causal=causal)
+            dout = gradient_of_out(out).to(out.dtype)
+            if padding:
+                dout[:, 20:30] = 0
+            return [out.detach(), *torch.autograd.grad(out, leaves, dout)]
+
+        return [*gradients(False), *gradients(True)]
+
+    with backend(engine):
+        ours = outs(flash_attn_func)
+    formulas = [outs(lambda *a, d=d, **o: attention(*a, d, **o)[0], d) for d in (torch.float64, dtype)]
+    terms = cancelling_terms(*(x.detach() for x in tensors), gradient_of_out(formulas[0][0]))
+    for name, a, b, c in zip(["out", "dq", "dk", "dv", "dattn_bias"] * 2, ours, *formulas, strict=True):
+        assert_as_exact(a, b, c, name, 20.0, terms if name != "out" else 0)
+    assert not ours[9][:, :, 20:30].any()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_no_gradient_is_the_same_call(dtype):
     (q, k, v), _, options = inputs(BASE, {"causal": True, "softcap": 5.0, "alibi": 1}, dtype)

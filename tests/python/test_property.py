@@ -4,7 +4,7 @@ Each is one call of a public function, forward and backward (through out and lse
 chooses by itself, and on the oracle with the same values in fp64, which drops the same entries. The yardstick is that
 of the other tests: the plain PyTorch arithmetic, three times its error here: among thousands of problems, some of a
 handful of numbers, there are those in which the plain arithmetic is lucky (about one result in 700 errs by more than
-the plain one).
+the plain one). About the CPU: tests/device/random_problems.py tries them on a device, where each compiles kernels.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from functools import partial
 
 import flash_attn
-import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -25,8 +24,6 @@ from support.formula import attention, attention_varlen
 
 FULL = "--full" in sys.argv or os.environ.get("FLASH_ATTN_FULL", "0") not in ("", "0")
 EXAMPLES = 2000 if FULL else 300
-if device.DEVICE != "cpu":
-    EXAMPLES = 25  # each compiles kernels of its own; tests/device/random_problems.py draws thousands
 
 HEADDIMS = st.one_of(st.integers(1, 40), st.sampled_from([59, 64, 80, 96, 111, 128, 200, 256]))
 LENGTHS = st.one_of(st.integers(0, 20), st.integers(0, 70), st.sampled_from([1, 16, 48, 64, 128, 192, 193, 257]))
@@ -185,7 +182,6 @@ def terms_of(p: Problem, inputs, dout) -> dict[str, float]:
     }
 
 
-@pytest.mark.device
 @settings(
     max_examples=EXAMPLES, deadline=None, derandomize=True, database=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],

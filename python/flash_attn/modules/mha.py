@@ -151,12 +151,12 @@ class _Heads(nn.Module):
 
     def _attend(self, qkv: Tensor, nheads: int, nheads_k: int, inference_params, cu_seqlens, max_seqlen, options: dict):
         """Self-attention of qkv (..., (nheads + 2 * nheads_k) * headdim): q's heads, then k's, then v's."""
-        qkv = qkv.unflatten(-1, (nheads + 2 * nheads_k, self.head_dim))
+        qkv = torch.unflatten(qkv, -1, (nheads + 2 * nheads_k, self.head_dim))
         if self.rotary_emb_dim > 0:
             qkv = self._rotate(qkv, nheads, nheads_k, inference_params, cu_seqlens, max_seqlen)
         if inference_params is None and nheads == nheads_k:
-            return self._run(self.inner_attn, qkv.unflatten(-2, (3, nheads)), **options)
-        q, kv = qkv[..., :nheads, :], qkv[..., nheads:, :].unflatten(-2, (2, nheads_k))
+            return self._run(self.inner_attn, torch.unflatten(qkv, -2, (3, nheads)), **options)
+        q, kv = qkv[..., :nheads, :], torch.unflatten(qkv[..., nheads:, :], -2, (2, nheads_k))
         if inference_params is not None:
             return self._attend_with_cache(q, kv, inference_params)
         if cu_seqlens is not None:
@@ -316,8 +316,8 @@ class MHA(_Heads):
             q = self.Wq(x if mixer_subset is None else x[:, mixer_subset])
             if self.dwconv:
                 q, kv = _convolved(self.dwconv_q, q), _convolved(self.dwconv_kv, kv)
-            q = q.unflatten(-1, (self.num_heads, self.head_dim))
-            kv = kv.unflatten(-1, (2, self.num_heads_kv, self.head_dim))
+            q = torch.unflatten(q, -1, (self.num_heads, self.head_dim))
+            kv = torch.unflatten(kv, -1, (2, self.num_heads_kv, self.head_dim))
             if inference_params is None:
                 context = self._run(self.inner_cross_attn, q, kv, **options)
             else:

@@ -23,11 +23,17 @@ FLASH_ATTN_INLINE void probability_row(float* s, float* u, int64_t n, float scal
   }
 }
 
-/// p is at most 1. Of huge scores lse has too few digits left to tell, and forward and backward may round products
-/// differently: those that may be the maximum count as it. A bias of -1e9 that hides a whole row makes such scores.
+/// p is at most 1.
 FLASH_ATTN_INLINE void limit_row(float* s, int64_t n, float base) {
-  const vf most = all(base), least = all(is_huge(base) ? base - (base < 0 ? -base : base) * 0x1p-20f : base);
-  for (int64_t j = 0; j < n; j += W) store(s + j, load(s + j) > least ? most : load(s + j));
+  for (int64_t j = 0; j < n; j += W) store(s + j, load(s + j) > all(base) ? all(base) : load(s + j));
+}
+
+/// Scores, less their base. Of huge ones lse has too few digits left to tell which is the largest, and forward and
+/// backward may round products differently: those that may be it count as it, `largest` each. A bias of -1e9 that hides
+/// a whole row makes such scores.
+FLASH_ATTN_INLINE void huge_row(float* s, int64_t n, float base, float largest) {
+  const vf least = all(base - (base < 0 ? -base : base) * 0x1p-20f);
+  for (int64_t j = 0; j < n; j += W) store(s + j, load(s + j) > least ? all(largest) : load(s + j) - base);
 }
 
 FLASH_ATTN_INLINE void multiply_row(float* x, const float* y, int64_t n) {
@@ -53,13 +59,19 @@ FLASH_ATTN_INLINE void gradient_row(const BackwardTask& t, int64_t r, float* s, 
   alignas(64) float slope[kMost];
   alignas(64) uint16_t draws[kMost];
   const bool capped = t.softcap_log2 != 0.0f;
-  const float base = t.base[r], delta = t.delta[r];
+  float base = t.base[r];
+  const float delta = t.delta[r];
   const int64_t lo = t.lo[r] - first, hi = t.hi[r] - first;
   float scale = t.scale;
   if (capped) softcap_slope_row(s, slope, n, scale, t.softcap_log2), scale = 1.0f;
   scale = add_terms(t, r, s, first, n, scale);
-  if (is_huge(base)) scale = scale_row(s, n, scale);
-  if (t.bias.row || is_huge(base)) limit_row(s, n, base);
+  if (is_huge(base)) {
+    scale = scale_row(s, n, scale);
+    huge_row(s, n, base, t.largest[r]);
+    base = 0.0f;
+  } else if (t.bias.row) {
+    limit_row(s, n, base);
+  }
   if (t.dropout.threshold == 0) {
     probability_row(s, u, n, scale, base, delta, [](int64_t, vf x) { return x; });
   } else {

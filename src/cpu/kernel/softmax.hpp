@@ -43,8 +43,6 @@ FLASH_ATTN_INLINE void raise_maxima(const float* s, int64_t lds, int64_t rows, i
   }
 }
 
-/// Beyond this, the rounding of a base is worth 1 and more: scale s - base, rounded once, may be far above 0.
-inline constexpr float kHugeScore = 0x1p24f;
 FLASH_ATTN_INLINE bool is_huge(float base) { return base >= kHugeScore || base <= -kHugeScore; }
 
 /// scale s over s [0, n), rounded by itself as maxima are: none is above the base then. Returns the scale left to

@@ -234,6 +234,14 @@ def test_how_functions_are_called():
         lambda s, b, h, i, j: torch.ones(2, 2, 2, 2),
     ):
         assert not broadcasts(mod)
+    reached = []
+
+    def rows(s, b, h, i, j):
+        row = table[h]  # of blocks it is another operation, and what follows might look outside
+        reached.append(row)
+        return s + row[i - j + 40]
+
+    assert not broadcasts(rows) and not reached
 
 
 def test_score_mod_bwd_is_the_gradient():

@@ -92,6 +92,7 @@ MODS = {
     "alibi": {"score_mod": alibi},
     "softcap": {"score_mod": lambda s, b, h, i, j: 2 * torch.tanh(s / 2)},
     "-inf": {"score_mod": lambda s, b, h, i, j: torch.where(j <= i + 3, s, -torch.inf)},
+    "finite": {"score_mod": lambda s, b, h, i, j: torch.where((i < 5) | (j > 40) | (h == 1), -1e30, s)},
     "both": {"score_mod": alibi, "mask_mod": lambda b, h, i, j: (j - i).abs() < 20},
 }
 THE_SAME = {"causal": {"causal": True}, "softcap": {"softcap": 2.0}}

@@ -85,6 +85,11 @@ def single_features(m: Maker):
     hiding = randn(2, 4, 33, 50, dtype=torch.float32)
     hiding[:, :, 3] = -torch.inf
     yield "bias that hides", qkv(), {"bias": hiding.masked_fill(hiding < 0.3, -torch.inf)}
+    lowest = randn(2, 4, 33, 50, dtype=torch.float32)  # finite numbers hide whole rows: all keys count alike
+    lowest[..., 40:], lowest[:, 1:, 5:9], lowest[:, :, 20:22] = -1e30, -1e30, torch.finfo(torch.float32).min
+    yield "bias that hides rows", qkv(), {"bias": lowest}
+    dropped = {"dropout_p": 0.2, "seed": 3, "offset": 5}
+    yield "bias that hides rows, causal", qkv(), {"bias": lowest, "causal": True, **dropped}
     yield "bias, low", qkv(), {"bias": torch.full((1, 1, 33, 50), -64.0, device=m.device)}
     yield "sink", qkv(), {"sink": randn(4)}
     yield "sink, rows that see nothing", qkv(sq=50, sk=20), {"sink": randn(4, dtype=torch.float32), "causal": True}

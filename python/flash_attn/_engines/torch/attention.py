@@ -112,7 +112,10 @@ class Attention:
                 yield Tile(j, full)
                 continue
             kinds, (rows, keys) = self.lists.kinds, self.lists.size
-            kinds = kinds[b if kinds.shape[0] > 1 else slice(None), :, i.start // rows, j.start // keys]
+            row, key = i.start // rows, j.start // keys
+            if row >= kinds.shape[2] or key >= kinds.shape[3]:
+                continue  # behind every sequence: on a device, their lengths are not known here
+            kinds = kinds[b if kinds.shape[0] > 1 else slice(None), :, row, key]
             if (kinds != BlockLists.SKIPPED).any():
                 yield Tile(j, full, kinds)
 

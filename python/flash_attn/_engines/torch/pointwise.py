@@ -41,6 +41,11 @@ class _WatchShapes(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
+class _IsNot(Exception):
+    """Raised before an operation that is none, which is not done: of tensors that broadcast it is another one, and a
+    lookup outside of a table ends a CUDA context."""
+
+
 class _Watch(TorchDispatchMode):
     def __init__(self, numbers):
         super().__init__()
@@ -63,6 +68,7 @@ class _Watch(TorchDispatchMode):
         depends = any(id(x) in self.ours for x in leaves)
         if depends and not self._serves(operation, args, kwargs):
             self.pointwise = False
+            raise _IsNot
         results = operation(*args, **(kwargs or {}))
         if depends:
             self.ours.update((id(x), x) for x in pytree.tree_leaves(results) if isinstance(x, Tensor))

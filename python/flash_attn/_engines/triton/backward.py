@@ -62,33 +62,41 @@ def run_backward(p, t, device, index, version) -> None:
     if not again:
         calls = _calls.add(known, prepare(p, t, optional, tensors, addresses, device, version))
 
-    lse2, delta = t.q.new_empty((2, max(p.batch_q * p.nheads * p.rows_q, 1)), dtype=torch.float32).unbind(0)
+    lse2, delta, base = row_statistics_of(p, t.q, t.bias is not None)
     if t.dsink is not None and unused_q:
         lse2.fill_(torch.inf)  # rows beyond those in use may be in no tile
     q, k, v, out, dout, dq, dk, dv = tensors
     dq_call, dkdv_calls, dbias_call, dsink_call = calls
-    DQ(dq_call, index, p.stream, (q, k, v, out, dout, dq, lse2, delta, t.lse, t.dlse, *optional))
+    DQ(dq_call, index, p.stream, (q, k, v, out, dout, dq, lse2, delta, base, t.lse, t.dlse, *optional))
     for call in dkdv_calls:
-        DKDV(call, index, p.stream, (q, k, v, dout, dk, dv, lse2, delta, *optional))
+        DKDV(call, index, p.stream, (q, k, v, dout, dk, dv, lse2, delta, base, *optional))
     if dbias_call is not None:
-        DBIAS(dbias_call, index, p.stream, (q, k, v, dout, t.dbias, lse2, delta, *optional))
+        DBIAS(dbias_call, index, p.stream, (q, k, v, dout, t.dbias, lse2, delta, base, *optional))
     if dsink_call is not None:
-        DSINK(dsink_call, index, p.stream, (t.sink, t.dsink, lse2, delta))
+        DSINK(dsink_call, index, p.stream, (t.sink, t.dsink, lse2, delta, base))
     if again and not unused_k and not unused_q and recordable(p):
-        hand_over(p, calls)
+        hand_over(p, calls, base is not None)
 
 
-def hand_over(p, calls) -> None:
+def row_statistics_of(p, like: torch.Tensor, has_base: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Memory of kernels/gradients.py: lse2, delta, and base or None."""
+    count = 3 if has_base else 2
+    of_rows = like.new_empty((count, max(p.batch_q * p.nheads * p.rows_q, 1)), dtype=torch.float32).unbind(0)
+    return of_rows if has_base else (*of_rows, None)
+
+
+def hand_over(p, calls, has_base: bool) -> None:
     dq_call, dkdv_calls, dbias_call, dsink_call = calls
-    delta = 4 * max(p.batch_q * p.nheads * p.rows_q, 1)  # bytes of lse2, which lies in front
-    launches = [(dq_call, ("q", "k", "v", "out", "dout", "dq", 0, delta, "lse", "dlse", *_OPTIONAL))]
+    size = 4 * max(p.batch_q * p.nheads * p.rows_q, 1)
+    statistics = (0, size, 2 * size if has_base else None)  # where lse2, delta and base lie
+    launches = [(dq_call, ("q", "k", "v", "out", "dout", "dq", *statistics, "lse", "dlse", *_OPTIONAL))]
     for call in dkdv_calls:
-        launches.append((call, ("q", "k", "v", "dout", "dk", "dv", 0, delta, *_OPTIONAL)))
+        launches.append((call, ("q", "k", "v", "dout", "dk", "dv", *statistics, *_OPTIONAL)))
     if dbias_call is not None:
-        launches.append((dbias_call, ("q", "k", "v", "dout", "dbias", 0, delta, *_OPTIONAL)))
+        launches.append((dbias_call, ("q", "k", "v", "dout", "dbias", *statistics, *_OPTIONAL)))
     if dsink_call is not None:
-        launches.append((dsink_call, ("sink", "dsink", 0, delta)))
-    record(p, launches, 2 * delta)
+        launches.append((dsink_call, ("sink", "dsink", *statistics)))
+    record(p, launches, (3 if has_base else 2) * size)
 
 
 def prepare(p, t, optional, tensors, addresses, device, version) -> tuple:
@@ -196,5 +204,5 @@ def prepare(p, t, optional, tensors, addresses, device, version) -> tuple:
         dbias_call = Call(grid, numbers, (*constants_of(tile), alike, exact), key, aligned, tile[2:4], choice)
     if t.dsink is not None:
         numbers = (p.batch_q, p.nheads, p.rows_q, t.sink.stride(0), t.dsink.stride(0))
-        dsink_call = Call(p.nheads, numbers, (1024,), t.sink.dtype, False, (4, 1))
+        dsink_call = Call(p.nheads, numbers, (1024,), (t.sink.dtype, t.bias is None), False, (4, 1))
     return dq_call, dkdv_calls, dbias_call, dsink_call

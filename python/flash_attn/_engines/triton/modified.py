@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flash_attn._engines.torch.mods import BlockLists, Mods
 from flash_attn._engines.triton import configs
-from flash_attn._engines.triton.backward import DSINK
+from flash_attn._engines.triton.backward import DSINK, row_statistics_of
 from flash_attn._engines.triton.forward import power_of_two, precision, presence, slots_for, strides, widths, window
 from flash_attn._engines.triton.kernels.modified import (
     modified_dkdv_kernel,
@@ -219,7 +219,7 @@ def run_backward(p, t, device, index, version) -> None:
     unused_q = packed_q and t.seqused_q is not None
     if unused_q:
         t.dq.zero_()
-    lse2, delta = t.q.new_empty((2, max(p.batch_q * p.nheads * p.rows_q, 1)), dtype=torch.float32).unbind(0)
+    lse2, delta, base = row_statistics_of(p, t.q, mods.score is not None)
     if t.dsink is not None and unused_q:
         lse2.fill_(torch.inf)
     tables = _on_device(mods.tables, t.q.device)
@@ -252,17 +252,17 @@ def run_backward(p, t, device, index, version) -> None:
 
     launch(
         DQ, "dq", (t.q, t.k, t.v, t.out, t.dout, t.dq), (packed_q, packed_k, packed_k, packed_q, packed_q, packed_q),
-        (lse2, delta, t.lse, t.dlse), ((lse_b, lse_h, dlse_b, dlse_h), (lse_r, dlse_r)),
+        (lse2, delta, base, t.lse, t.dlse), ((lse_b, lse_h, dlse_b, dlse_h), (lse_r, dlse_r)),
         packed_q, p.rows_q, p.max_seqlen_q, p.nheads,
     )  # fmt: skip
     launch(
         DKDV, "dkdv", (t.q, t.k, t.v, t.dout, t.dk, t.dv),
-        (packed_q, packed_k, packed_k, packed_q, packed_k, packed_k), (lse2, delta), ((), ()),
+        (packed_q, packed_k, packed_k, packed_q, packed_k, packed_k), (lse2, delta, base), ((), ()),
         packed_k, p.rows_k, p.max_seqlen_k, p.nheads_k,
     )  # fmt: skip
     if t.dsink is not None:
         numbers = (p.batch_q, p.nheads, p.rows_q, t.sink.stride(0), t.dsink.stride(0))
         DSINK(
-            Call(p.nheads, numbers, (1024,), t.sink.dtype, False, (4, 1)), index, p.stream,
-            (t.sink, t.dsink, lse2, delta),
+            Call(p.nheads, numbers, (1024,), (t.sink.dtype, base is None), False, (4, 1)), index, p.stream,
+            (t.sink, t.dsink, lse2, delta, base),
         )  # fmt: skip

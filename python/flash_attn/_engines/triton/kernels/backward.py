@@ -83,7 +83,7 @@ def products(
 
 @triton.jit
 def dkdv_kernel(
-    q, k, v, dout, dk, dv, lse2, delta,
+    q, k, v, dout, dk, dv, lse2, delta, base,
     cu_q, cu_k, used_q, used_k, leftpad, alibi, bias, state,
     q_b: "i64", q_r: "i64", q_h: "i64", k_b: "i64", k_r: "i64", k_h: "i64", v_b: "i64", v_r: "i64", v_h: "i64",
     do_b: "i64", do_r: "i64", do_h: "i64", dk_b: "i64", dk_r: "i64", dk_h: "i64", dv_b: "i64", dv_r: "i64", dv_h: "i64",
@@ -157,6 +157,9 @@ def dkdv_kernel(
                 else:
                     l2 = tl.load(lse2 + stats + i)
                     d = tl.load(delta + stats + i)
+                of_base = None
+                if base is not None:
+                    of_base = tl.load(base + stats + i, mask=i < seqlen_q, other=0.0)[None, :]
                 s = tl.dot(keys, tl.trans(queries), input_precision=PRECISION)
                 grads = load_tile(do_at, m, q_first, seqlen_q, None, None, None, do_b, do_r, do_c, headdim_v,
                                   ROWS, COLS_V, EVEN, EDGE > 0, 0, UNIT, WIDE)  # fmt: skip
@@ -165,7 +168,7 @@ def dkdv_kernel(
                     dp = tl.dot(values, tl.trans(grads), input_precision=PRECISION)
                 position = i + count - seqlen_q
                 p, t = probabilities(
-                    s, l2[None, :], i[None, :], j[:, None], position[None, :], h, b,
+                    s, l2[None, :], of_base, i[None, :], j[:, None], position[None, :], h, b,
                     seqlen_q, count, factor, scale, softcap,
                     alibi, alibi_b, alibi_h, bias, bias_b, bias_h, bias_r, bias_c, bias_rows, bias_keys,
                     PRECISION == "ieee",
@@ -220,8 +223,11 @@ def dkdv_kernel(
                     if WHICH != 2:
                         dp = products(v_at, k_first, j, known, v_r, v_c, grad, do_c, headdim_v, PIECE_V, UNIT)
                     i = m + tl.zeros((1, 1), tl.int32)
+                    of_base = None
+                    if base is not None:
+                        of_base = tl.load(base + stats + m)
                     p, t = probabilities(
-                        s, tl.load(lse2 + stats + m), i, j[:, None], i + count - seqlen_q, h, b,
+                        s, tl.load(lse2 + stats + m), of_base, i, j[:, None], i + count - seqlen_q, h, b,
                         seqlen_q, count, factor, scale, softcap,
                         alibi, alibi_b, alibi_h, bias, bias_b, bias_h, bias_r, bias_c, bias_rows, bias_keys,
                         PRECISION == "ieee",
@@ -255,7 +261,7 @@ def dkdv_kernel(
 
 @triton.jit
 def dq_kernel(
-    q, k, v, out, dout, dq, lse2, delta, lse, dlse,
+    q, k, v, out, dout, dq, lse2, delta, base, lse, dlse,
     cu_q, cu_k, used_q, used_k, leftpad, alibi, bias, state,
     q_b: "i64", q_r: "i64", q_h: "i64", k_b: "i64", k_r: "i64", k_h: "i64", v_b: "i64", v_r: "i64", v_h: "i64",
     o_b: "i64", o_r: "i64", o_h: "i64", do_b: "i64", do_r: "i64", do_h: "i64", dq_b: "i64", dq_r: "i64", dq_h: "i64",
@@ -267,7 +273,9 @@ def dq_kernel(
     UNIT: tl.constexpr, WIDE: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
     FIRST: tl.constexpr,
 ):  # fmt: skip
-    """heads = batch * nheads; lse2, delta: fp32 (batch_q, nheads, rows_q), written here; the rest as in dkdv_kernel."""
+    """heads = batch * nheads; lse2, delta, and base, None without a bias: fp32 (batch_q, nheads, rows_q), written here;
+    the rest as in dkdv_kernel.
+    """
     headdim *= UNIT
     headdim_v *= UNIT
     pid = tl.program_id(0)
@@ -306,9 +314,8 @@ def dq_kernel(
     if dlse is not None:
         of_lse = tl.load(dlse + q_batch.to(tl.int64) * dlse_b + h.to(tl.int64) * dlse_h + row * dlse_r,
                          mask=i < seqlen_q, other=0.0)  # fmt: skip
-    l2, d = row_statistics(outs, grads, natural, of_lse)
+    l2, d, of_row = row_statistics(outs, grads, natural, of_lse, base is not None)
     stats = (q_batch.to(tl.int64) * nheads + h) * rows_q + q_first
-    tl.store(lse2 + stats + i, l2, mask=known)
     tl.store(delta + stats + i, d, mask=known)
 
     k_at = k + (k_batch.to(tl.int64) * k_b + head_k.to(tl.int64) * k_h) * UNIT
@@ -326,6 +333,26 @@ def dq_kernel(
     if threshold is not None:
         k0, k1, last = seed_of(state, seed, offset)
 
+    of_base = None
+    if base is not None:
+        of_base = of_row[:, None]
+        if tl.max((of_row != 0).to(tl.int32), 0) > 0:
+            total = tl.zeros((ROWS,), tl.float32)
+            for n in range(start, end, KEYS):
+                keys = load_tile(k_at, n, k_first, count, None, None, None, k_b, k_r, k_c, headdim,
+                                 KEYS, COLS, EVEN, True, 0, UNIT, WIDE)  # fmt: skip
+                j = n + tl.arange(0, KEYS)
+                p, t = probabilities(
+                    tl.dot(queries, tl.trans(keys), input_precision=PRECISION), l2[:, None], of_base, i[:, None],
+                    j[None, :], position[:, None], h, b, seqlen_q, count, factor, scale, softcap,
+                    alibi, alibi_b, alibi_h, bias, bias_b, bias_h, bias_r, bias_c, bias_rows, bias_keys,
+                    PRECISION == "ieee",
+                )  # fmt: skip
+                total += tl.sum(tl.where((j[None, :] >= lo[:, None]) & (j[None, :] < hi[:, None]), p, 0.0), 1)
+            l2 = tl.where(of_row != 0, tl.log2(total), l2)
+        tl.store(base + stats + i, of_row, mask=known)
+    tl.store(lse2 + stats + i, l2, mask=known)
+
     acc = tl.zeros((ROWS, COLS), tl.float32)
     for EDGE in tl.static_range(FIRST, FIRST // 2 + 2):
         for index in tl.range(0, tile_count(start, full, stop, end, KEYS, EDGE)):
@@ -338,7 +365,7 @@ def dq_kernel(
             dp = tl.dot(grads, tl.trans(values), input_precision=PRECISION)
             j = n + tl.arange(0, KEYS)
             p, t = probabilities(
-                s, l2[:, None], i[:, None], j[None, :], position[:, None], h, b,
+                s, l2[:, None], of_base, i[:, None], j[None, :], position[:, None], h, b,
                 seqlen_q, count, factor, scale, softcap,
                 alibi, alibi_b, alibi_h, bias, bias_b, bias_h, bias_r, bias_c, bias_rows, bias_keys,
                 PRECISION == "ieee",
@@ -374,7 +401,7 @@ def dq_kernel(
                     dp = products(do_at, q_first, i, valid, do_r, do_c, value, v_c, headdim_v, PIECE_V, UNIT)
                     j = n + tl.zeros((1, 1), tl.int32)
                     p, t = probabilities(
-                        s, l2[:, None], i[:, None], j, position[:, None], h, b,
+                        s, l2[:, None], of_base, i[:, None], j, position[:, None], h, b,
                         seqlen_q, count, factor, scale, softcap,
                         alibi, alibi_b, alibi_h, bias, bias_b, bias_h, bias_r, bias_c, bias_rows, bias_keys,
                         PRECISION == "ieee",

@@ -15,7 +15,7 @@ from .sequences import key_rows, load_tile, query_rows
 
 @triton.jit
 def dbias_kernel(
-    q, k, v, dout, dbias, lse2, delta,
+    q, k, v, dout, dbias, lse2, delta, base,
     cu_q, cu_k, used_q, used_k, leftpad, alibi, bias, state,
     q_b: "i64", q_r: "i64", q_h: "i64", k_b: "i64", k_r: "i64", k_h: "i64", v_b: "i64", v_r: "i64", v_h: "i64",
     do_b: "i64", do_r: "i64", do_h: "i64", db_b: "i64", db_h: "i64", db_r: "i64", db_c: "i64", q_c, k_c, v_c, do_c,
@@ -73,10 +73,11 @@ def dbias_kernel(
                                       headdim_v, ROWS, COLS_V, EVEN, True, 0, UNIT, WIDE)  # fmt: skip
                     l2 = tl.load(lse2 + stats + i, mask=i < seqlen_q, other=float("inf"))
                     d = tl.load(delta + stats + i, mask=i < seqlen_q, other=0.0)
+                    of_base = tl.load(base + stats + i, mask=i < seqlen_q, other=0.0)[:, None]
                     s = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
                     dp = tl.dot(grads, tl.trans(values), input_precision=PRECISION)
                     p, t = probabilities(
-                        s, l2[:, None], i[:, None], j[None, :], position[:, None], h, b,
+                        s, l2[:, None], of_base, i[:, None], j[None, :], position[:, None], h, b,
                         seqlen_q, count, factor, scale, softcap,
                         alibi, alibi_b, alibi_h, bias, bias_b, bias_h, bias_r, bias_c, bias_rows, bias_keys,
                         PRECISION == "ieee",
@@ -99,13 +100,13 @@ def dbias_kernel(
 
 
 @triton.jit
-def dsink_kernel(sink, dsink, lse2, delta, batch, nheads, rows_q, sink_h, dsink_h, ROWS: tl.constexpr):
+def dsink_kernel(sink, dsink, lse2, delta, base, batch, nheads, rows_q, sink_h, dsink_h, ROWS: tl.constexpr):
     """dsink (nheads) = sum over all rows of P_sink (dlse - dout.out); a program per head, one order.
 
     Rows of no sequence and rows that see nothing have lse2 = +inf: P_sink = 0.
     """
     h = tl.program_id(0)
-    logit = tl.load(sink + h * sink_h).to(tl.float32) * 1.4426950408889634
+    logit = tl.load(sink + h * sink_h).to(tl.float32)
     acc = tl.zeros((ROWS,), tl.float32)
     for b in range(batch):
         at = (h.to(tl.int64) + nheads * b) * rows_q
@@ -113,5 +114,8 @@ def dsink_kernel(sink, dsink, lse2, delta, batch, nheads, rows_q, sink_h, dsink_
             i = m + tl.arange(0, ROWS)
             l2 = tl.load(lse2 + at + i, mask=i < rows_q, other=float("inf"))
             d = tl.load(delta + at + i, mask=i < rows_q, other=0.0)
-            acc -= tl.where(l2 == float("inf"), 0.0, tl.exp2(logit - l2) * d)
+            raw = logit
+            if base is not None:
+                raw = logit - tl.load(base + at + i, mask=i < rows_q, other=0.0)
+            acc -= tl.where(l2 == float("inf"), 0.0, tl.exp2(raw * 1.4426950408889634 - l2) * d)
     tl.store(dsink + h * dsink_h, tl.sum(acc, 0))

@@ -14,7 +14,7 @@ import triton.language as tl
 
 from .backward import load_rows, store_tile
 from .forward import any_nan, never
-from .gradients import row_statistics
+from .gradients import from_base, row_statistics
 from .mask import key_tiles, row_interval, row_tiles
 from .scores import LOG2E
 from .sequences import clear_rows, is_outside, key_rows, load_tile, pages_at, place_of, query_rows
@@ -190,10 +190,12 @@ def modified_forward_kernel(
 
 @triton.jit
 def gradient_of_scores(
-    s, dp, l2, d, seen, b, h, ii, jj, lengths, tables, sizes, SCORE: tl.constexpr, PULL: tl.constexpr
+    s, dp, l2, base, d, seen, b, h, ii, jj, lengths, tables, sizes, SCORE: tl.constexpr, PULL: tl.constexpr
 ):  # fmt: skip
-    """Scores q.k * scale, dout . v, and of each row lse2 and delta -> P and dU, 0 where a row does not see a key."""
+    """Scores q.k * scale, dout . v, and of each row what gradients.py says -> P and dU, 0 where a row sees no key."""
     t = modified(s, b, h, ii, jj, lengths, tables, sizes, SCORE)
+    if base is not None:
+        t = from_base(t, base)
     p = tl.where(seen, tl.exp2(t * LOG2E - l2), 0.0)
     ds = p * (dp - d)
     if PULL is None:
@@ -205,7 +207,7 @@ def gradient_of_scores(
 
 @triton.jit
 def modified_dq_kernel(
-    q, k, v, out, dout, dq, lse2, delta, lse, dlse, cu_q, cu_k, used_q, used_k, counts, listed, t0, t1, t2, t3,
+    q, k, v, out, dout, dq, lse2, delta, base, lse, dlse, cu_q, cu_k, used_q, used_k, counts, listed, t0, t1, t2, t3,
     q_b: "i64", q_r: "i64", q_h: "i64", k_b: "i64", k_r: "i64", k_h: "i64", v_b: "i64", v_r: "i64", v_h: "i64",
     o_b: "i64", o_r: "i64", o_h: "i64", do_b: "i64", do_r: "i64", do_h: "i64", dq_b: "i64", dq_r: "i64", dq_h: "i64",
     lse_b: "i64", lse_h: "i64", dlse_b: "i64", dlse_h: "i64", q_c, k_c, v_c, o_c, do_c, dq_c, lse_r, dlse_r,
@@ -262,9 +264,8 @@ def modified_dq_kernel(
     if dlse is not None:
         of_lse = tl.load(dlse + q_batch.to(tl.int64) * dlse_b + h.to(tl.int64) * dlse_h + row * dlse_r,
                          mask=valid, other=0.0)  # fmt: skip
-    l2, d = row_statistics(outs, grads, natural, of_lse)
+    l2, d, of_row = row_statistics(outs, grads, natural, of_lse, base is not None)
     stats = (q_batch.to(tl.int64) * nheads + h) * rows_q + q_first
-    tl.store(lse2 + stats + i, l2, mask=known)
     tl.store(delta + stats + i, d, mask=known)
 
     k_at = k + (k_batch.to(tl.int64) * k_b + head_k.to(tl.int64) * k_h) * UNIT
@@ -281,6 +282,26 @@ def modified_dq_kernel(
         list_at = listed + line * listed_r
     if m0 >= seqlen_q:
         many = 0
+    of_base = None
+    if base is not None:
+        of_base = of_row[:, None]
+        if tl.max((of_row != 0).to(tl.int32), 0) > 0:
+            total = tl.zeros((ROWS,), tl.float32)
+            for index in range(many):
+                n, is_whole = next_tile(index, start, list_at, counts, KEYS, LISTED)
+                keys = load_tile(k_at, n, k_first, count, None, None, None, k_b, k_r, k_c, headdim,
+                                 KEYS, COLS, EVEN, True, 0, UNIT, WIDE)  # fmt: skip
+                s = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale
+                j = (n + tl.arange(0, KEYS))[None, :]
+                jj = position(j, count)
+                seen = is_visible(
+                    b, h, i[:, None], j, ii, jj, lo[:, None], hi[:, None], is_whole, lengths, tables, sizes, MASK
+                )
+                s = from_base(modified(s, b, h, ii, jj, lengths, tables, sizes, SCORE), of_base)
+                total += tl.sum(tl.where(seen, tl.exp2(s * LOG2E - l2[:, None]), 0.0), 1)
+            l2 = tl.where(of_row != 0, tl.log2(total), l2)
+        tl.store(base + stats + i, of_row, mask=known)
+    tl.store(lse2 + stats + i, l2, mask=known)
     acc = tl.zeros((ROWS, COLS), tl.float32)
     for index in tl.range(0, many):
         n, is_whole = next_tile(index, start, list_at, counts, KEYS, LISTED)
@@ -294,7 +315,7 @@ def modified_dq_kernel(
         jj = position(j, count)
         seen = is_visible(b, h, i[:, None], j, ii, jj, lo[:, None], hi[:, None], is_whole, lengths, tables, sizes, MASK)
         p, du = gradient_of_scores(
-            s, dp, l2[:, None], d[:, None], seen, b, h, ii, jj, lengths, tables, sizes, SCORE, PULL
+            s, dp, l2[:, None], of_base, d[:, None], seen, b, h, ii, jj, lengths, tables, sizes, SCORE, PULL
         )
         acc = tl.dot(du.to(keys.dtype), keys, acc, input_precision=PRECISION)
 
@@ -318,7 +339,7 @@ def modified_dq_kernel(
                 b, h, i[:, None], j, ii, jj, lo[:, None], hi[:, None], is_whole, lengths, tables, sizes, MASK
             )
             p, du = gradient_of_scores(
-                s, dp, l2[:, None], d[:, None], seen, b, h, ii, jj, lengths, tables, sizes, SCORE, PULL
+                s, dp, l2[:, None], of_base, d[:, None], seen, b, h, ii, jj, lengths, tables, sizes, SCORE, PULL
             )
             acc += tl.where(seen, du * keys, 0.0)
     to = dq + (q_batch.to(tl.int64) * dq_b + h.to(tl.int64) * dq_h) * UNIT
@@ -327,7 +348,7 @@ def modified_dq_kernel(
 
 @triton.jit
 def modified_dkdv_kernel(
-    q, k, v, dout, dk, dv, lse2, delta, cu_q, cu_k, used_q, used_k, counts, listed, t0, t1, t2, t3,
+    q, k, v, dout, dk, dv, lse2, delta, base, cu_q, cu_k, used_q, used_k, counts, listed, t0, t1, t2, t3,
     q_b: "i64", q_r: "i64", q_h: "i64", k_b: "i64", k_r: "i64", k_h: "i64", v_b: "i64", v_r: "i64", v_h: "i64",
     do_b: "i64", do_r: "i64", do_h: "i64", dk_b: "i64", dk_r: "i64", dk_h: "i64", dv_b: "i64", dv_r: "i64", dv_h: "i64",
     q_c, k_c, v_c, do_c, dk_c, dv_c, counts_b, counts_h, listed_r,
@@ -396,6 +417,9 @@ def modified_dkdv_kernel(
                               ROWS, COLS_V, EVEN, True, 0, UNIT, WIDE)  # fmt: skip
             l2 = tl.load(lse2 + stats + i, mask=i < seqlen_q, other=float("inf"))
             d = tl.load(delta + stats + i, mask=i < seqlen_q, other=0.0)
+            of_base = None
+            if base is not None:
+                of_base = tl.load(base + stats + i, mask=i < seqlen_q, other=0.0)[None, :]
             s = tl.dot(keys, tl.trans(queries), input_precision=PRECISION) * scale
             dp = tl.dot(values, tl.trans(grads), input_precision=PRECISION)
             ii = position(i, seqlen_q)[None, :]
@@ -405,7 +429,7 @@ def modified_dkdv_kernel(
             )
             seen &= i[None, :] < seqlen_q  # rows past the last: the function of their score, 0, may be no number
             p, du = gradient_of_scores(
-                s, dp, l2[None, :], d[None, :], seen, b, h, ii, jj, lengths, tables, sizes, SCORE, PULL
+                s, dp, l2[None, :], of_base, d[None, :], seen, b, h, ii, jj, lengths, tables, sizes, SCORE, PULL
             )
             acc_v = tl.dot(p.to(grads.dtype), grads, acc_v, input_precision=PRECISION)
             acc_k = tl.dot(du.to(queries.dtype), queries, acc_k, input_precision=PRECISION)
@@ -437,13 +461,18 @@ def modified_dkdv_kernel(
                                  1, COLS_V, EVEN, True, 0, UNIT, WIDE).to(tl.float32)  # fmt: skip
                 l2 = tl.load(lse2 + stats + m, mask=m < seqlen_q, other=float("inf"))
                 d = tl.load(delta + stats + m, mask=m < seqlen_q, other=0.0)
+                of_base = None
+                if base is not None:
+                    of_base = tl.load(base + stats + m, mask=m < seqlen_q, other=0.0)
                 s = tl.sum(keys.to(tl.float32) * query, 1)[:, None] * scale
                 dp = tl.sum(values.to(tl.float32) * grad, 1)[:, None]
                 ii = position(i, seqlen_q)
                 lo, hi = row_interval(i + count - seqlen_q, count, left, right, None, WINDOW)
                 seen = is_visible(b, h, i, j[:, None], ii, jj, lo, hi, is_whole, lengths, tables, sizes, MASK)
                 seen &= i < seqlen_q
-                p, du = gradient_of_scores(s, dp, l2, d, seen, b, h, ii, jj, lengths, tables, sizes, SCORE, PULL)
+                p, du = gradient_of_scores(
+                    s, dp, l2, of_base, d, seen, b, h, ii, jj, lengths, tables, sizes, SCORE, PULL
+                )
                 acc_v += tl.where(seen, p * grad, 0.0)
                 acc_k += tl.where(seen, du * query, 0.0)
 
