@@ -90,6 +90,9 @@ def single_features(m: Maker):
     yield "bias that hides rows", qkv(), {"bias": lowest}
     dropped = {"dropout_p": 0.2, "seed": 3, "offset": 5}
     yield "bias that hides rows, causal", qkv(), {"bias": lowest, "causal": True, **dropped}
+    lowest = randn(1, 1, 3, 700, dtype=torch.float32)  # in parts, of which one has fewer keys
+    lowest[..., 1, :] = -1e30
+    yield "bias that hides a row of many keys", qkv(sq=3, sk=700, h=2, hk=1), {"bias": lowest}
     yield "bias, low", qkv(), {"bias": torch.full((1, 1, 33, 50), -64.0, device=m.device)}
     yield "sink", qkv(), {"sink": randn(4)}
     yield "sink, rows that see nothing", qkv(sq=50, sk=20), {"sink": randn(4, dtype=torch.float32), "causal": True}

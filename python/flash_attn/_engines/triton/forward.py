@@ -192,28 +192,31 @@ def run_forward(p, t, device, index, version) -> None:
     if joins is not None:
         APPEND(joins, index, p.stream, (k, v, t.new_k, t.new_v, *(getattr(t, name) for name in _OF_APPEND)))
     if parts == 1:
-        FORWARD(call, index, p.stream, (q, k, v, out, lse, None, None, *optional))
+        FORWARD(call, index, p.stream, (q, k, v, out, lse, None, None, None, *optional))
     else:
         memory = p.batch_q * p.rows_q * p.nheads
         out_parts = q.new_empty((parts, memory, p.headdim_v), dtype=torch.float32)
         lse_parts = q.new_empty((parts, memory), dtype=torch.float32)
-        FORWARD(call, index, p.stream, (q, k, v, out, None, out_parts, lse_parts, *optional))
-        COMBINE(joining, index, p.stream, (out_parts, lse_parts, out, lse, t.sink))
+        sums = None if t.bias is None else torch.empty_like(lse_parts)
+        FORWARD(call, index, p.stream, (q, k, v, out, None, out_parts, lse_parts, sums, *optional))
+        COMBINE(joining, index, p.stream, (out_parts, lse_parts, sums, out, lse, t.sink))
     if again and not fills and recordable(p):
-        hand_over(p, calls)
+        hand_over(p, calls, t.bias is not None)
 
 
-def hand_over(p, calls) -> None:
+def hand_over(p, calls, has_bias: bool) -> None:
     joins, call, parts, joining = calls
     launches = [] if joins is None else [(joins, ("k", "v", "new_k", "new_v", *_OF_APPEND))]
     if parts == 1:
-        launches.append((call, ("q", "k", "v", "out", "lse", None, None, *_OPTIONAL)))
+        launches.append((call, ("q", "k", "v", "out", "lse", None, None, None, *_OPTIONAL)))
         record(p, launches)
         return
     lse_parts = 4 * parts * p.batch_q * p.rows_q * p.nheads * p.headdim_v  # bytes of out_parts, which lies in front
-    launches.append((call, ("q", "k", "v", "out", None, 0, lse_parts, *_OPTIONAL)))
-    launches.append((joining, (0, lse_parts, "out", "lse", "sink")))
-    record(p, launches, lse_parts + 4 * parts * p.batch_q * p.rows_q * p.nheads)
+    size = 4 * parts * p.batch_q * p.rows_q * p.nheads  # of lse_parts
+    sums = lse_parts + size if has_bias else None
+    launches.append((call, ("q", "k", "v", "out", None, 0, lse_parts, sums, *_OPTIONAL)))
+    launches.append((joining, (0, lse_parts, sums, "out", "lse", "sink")))
+    record(p, launches, lse_parts + (2 if has_bias else 1) * size)
 
 
 _NOTHING = (None,) * 15
@@ -301,7 +304,7 @@ def prepare(p, t, optional, device, version) -> tuple[Call | None, Call, int, Ca
     )  # fmt: skip
     constants = (plan.columns_v, MOST_PARTS)
     key = (
-        p.dtype, lse is None, None if t.sink is None else t.sink.dtype, cols[3] is None, lse_r is None,
+        p.dtype, lse is None, t.bias is None, None if t.sink is None else t.sink.dtype, cols[3] is None, lse_r is None,
         widths((cols[3], lse_r, sink_h)),
     )  # fmt: skip
     joining = Call(memory, numbers, constants, key, False, (4 if plan.columns_v <= 128 else 8, 1))

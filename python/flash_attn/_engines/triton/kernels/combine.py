@@ -1,5 +1,8 @@
 """Joins the parts of a row's keys: out = sum_s w_s out_s, w_s = exp(lse_s - lse), lse = log sum_s exp(lse_s).
 
+Where a bias may hide a whole row by a huge finite number, lse_s is that number, and the count of keys in it is lost:
+then lse_parts are the largest scores, and sums_parts the sums that go with them.
+
 Rows are those of q's memory, whatever their sequence: row `at` of (batch_q, rows_q, nheads). It reads parts x headdim_v
 fp32 numbers per row, once, all at once: a program per row waits for memory once.
 """
@@ -12,12 +15,12 @@ from .scores import LOG2E
 
 @triton.jit
 def combine_kernel(
-    out_parts, lse_parts, out, lse, sink,
+    out_parts, lse_parts, sums_parts, out, lse, sink,
     o_b: "i64", o_r: "i64", o_h: "i64", lse_b: "i64", lse_h: "i64", o_c, lse_r,
     memory, rows_q, nheads, headdim_v, splits, sink_h, empty_lse: "fp32",
     COLS_V: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """out_parts (splits, memory, headdim_v), lse_parts (splits, memory), memory = batch_q * rows_q * nheads.
+    """out_parts (splits, memory, headdim_v), lse_parts, sums_parts (splits, memory); memory = batch_q rows_q nheads.
 
     A part of -inf saw nothing; +inf: the row belongs to no sequence, and has no sink either.
     """
@@ -38,6 +41,9 @@ def combine_kernel(
         top = tl.maximum(top, logit)
     top_or_0 = tl.where(top == float("-inf"), 0.0, top)
     weights = tl.exp2((lses - top_or_0) * LOG2E)
+    if sums_parts is not None:
+        sums = tl.load(sums_parts + parts.to(tl.int64) * memory + at, mask=parts < splits, other=0.0)
+        weights = tl.where(lses == float("-inf"), 0.0, weights * sums)
     total = tl.sum(weights, 0)
     if sink is not None:
         total += tl.exp2((logit - top_or_0) * LOG2E)

@@ -78,7 +78,7 @@ def load_queries(
 
 @triton.jit
 def forward_kernel(
-    q, k, v, out, lse, out_parts, lse_parts,
+    q, k, v, out, lse, out_parts, lse_parts, sums_parts,
     cu_q, cu_k, used_q, used_k, leftpad, entry, pages, cu_new, alibi, bias, sink, cos, sin, positions, state,
     q_b: "i64", q_r: "i64", q_h: "i64", k_b: "i64", k_r: "i64", k_h: "i64",
     v_b: "i64", v_r: "i64", v_h: "i64", o_b: "i64", o_r: "i64", o_h: "i64", lse_b: "i64", lse_h: "i64",
@@ -299,7 +299,11 @@ def forward_kernel(
         memory = rows_q if cu_q is not None else sequences * rows_q
         at = (part.to(tl.int64) * memory + q_batch.to(tl.int64) * rows_q + row_q) * nheads + h
         unseen = tl.where(valid, float("-inf"), float("inf"))
-        tl.store(lse_parts + at, tl.where(seen, row_lse, unseen), mask=known)
+        if sums_parts is None:
+            tl.store(lse_parts + at, tl.where(seen, row_lse, unseen), mask=known)
+        else:  # a bias: combine.py
+            tl.store(lse_parts + at, tl.where(seen, top, unseen), mask=known)
+            tl.store(sums_parts + at, l, mask=known)
         to = out_parts + (at * headdim_v)[:, None] + cols_v[None, :]
         tl.store(to, acc, mask=seen[:, None] & (cols_v < headdim_v)[None, :])
     else:
