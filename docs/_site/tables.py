@@ -70,14 +70,21 @@ def pages() -> str:
 
 def mods() -> str:
     """Milliseconds of the GPU for functions of scores."""
-    names = {"triton": "`triton`", "torch": "`torch`", "torch_flex": "compiled FlexAttention"}
-    rows = [
-        [r["case"], names[r["impl"]], *(f"{r[f'{x}_us'] / 1e3:.2f}" for x in ("forward", "forward_host", "backward"))]
-        for r in choose("nvidia-h200/mods")
+    rows = []
+    for mod in dict.fromkeys(r["mod"] for r in choose("nvidia-h200/gpu-mods")):
+        row = [mod]
+        for name in ("forward", "backward"):
+            found = [
+                only("nvidia-h200/gpu-mods", name=name, mod=mod, impl=x) for x in ("plus", "plus_option", "torch_flex")
+            ]
+            row += ["-" if r["us"] is None else f"{r['us'] / 1e3:.2f}" for r in found]
+        rows.append(row)
+    of = ("ours", "as an option", "FlexAttention")
+    head = [
+        "8192 queries and keys, 16 heads of 128, bf16; ms",
+        *(f"{name}: {x}" for name in ("forward", "backward") for x in of),
     ]
-    return _table(
-        ["8192 queries and keys, 16 heads of 128, bf16", "by", "forward, ms", "of the host", "backward, ms"], rows
-    )
+    return _table(head, rows)
 
 
 def host() -> str:
