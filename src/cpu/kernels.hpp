@@ -17,8 +17,7 @@ namespace flash_attn::cpu {
 inline constexpr double kLog2e = 1.4426950408889634;
 inline constexpr double kLn2 = 0.6931471805599453;
 
-/// In base 2. Beyond this, the rounding of a base is worth 1 and more: scale s - base, rounded once, may be far above
-/// 0.
+/// In base 2. Beyond this the rounding of a base is worth 1 and more: scale s - base, rounded once, may be far above 0.
 inline constexpr float kHugeScore = 0x1p24f;
 
 /// Rows of one tensor, each found by its address: strided memory, pages and head groups all look like this.

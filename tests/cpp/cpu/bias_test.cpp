@@ -138,8 +138,8 @@ TEST(CpuBias, NanAndInfinityReachTheirRows) {
   }
 }
 
-/// Keys hidden by a large finite number have no weight. Where a whole row has it, all its keys weigh the same: no
-/// number is so low that it hides a row, and no gradient is made of what such numbers cannot tell.
+/// Keys hidden by a large finite number have no weight. Where a whole row has it, all its keys weigh the same, in the
+/// backward, too, whether a gradient comes to the row or none: no number is so low that it hides a row.
 TEST(CpuBias, LargeFiniteNumbers) {
   for (const cpu::Kernels* kernels : kernels_under_test()) {
     for (const double low : {-1e9, -7e10, -static_cast<double>(std::numeric_limits<float>::max()), -1e300}) {
@@ -153,7 +153,7 @@ TEST(CpuBias, LargeFiniteNumbers) {
       c.dlse = HostTensor();
       for (int h = 0; h < 4; ++h)
         for (int d = 0; d < 24; ++d) c.q.put(0.0, 0, 3, h, d);
-      for (int h = 0; h < 4; ++h)
+      for (int h = 0; h < 2; ++h)
         for (int d = 0; d < 20; ++d) c.dout.put(0.0, 0, 3, h, d);  // as of a row that nobody reads
       c.run.backend = "reference";
       forward(c.forward_call());
