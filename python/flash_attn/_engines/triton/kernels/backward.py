@@ -15,7 +15,7 @@ import triton.language as tl
 
 from .dropout import kept, kept_one, seed_of
 from .forward import any_nan, never
-from .gradients import probabilities, row_statistics, score_gradients
+from .gradients import probabilities, row_statistics, score_gradients, with_sums
 from .mask import is_near, key_tiles, row_interval, row_tiles, tile_at, tile_count
 from .sequences import clear_rows, is_outside, key_rows, load_tile, place_of, query_rows, tile_offsets
 
@@ -349,7 +349,7 @@ def dq_kernel(
                     PRECISION == "ieee",
                 )  # fmt: skip
                 total += tl.sum(tl.where((j[None, :] >= lo[:, None]) & (j[None, :] < hi[:, None]), p, 0.0), 1)
-            l2 = tl.where(of_row != 0, tl.log2(total), l2)
+            l2 = with_sums(l2, of_row, total)
         tl.store(base + stats + i, of_row, mask=known)
     tl.store(lse2 + stats + i, l2, mask=known)
 

@@ -34,9 +34,15 @@ def row_statistics(out, dout, lse, dlse, BASE: tl.constexpr):
 @triton.jit
 def from_base(s, base):
     """Natural scores, counted from the base of their row. Those that may be its largest count as it: forward and
-    backward may round products differently, and a unit in the last place of such a number is a factor of e^64."""
+    backward may round products differently, by a few units in the last place, each of which may be a factor of e^64."""
     x = s - base
-    return tl.where(x > tl.where(base == 0, float("inf"), tl.abs(base) * -9.5367431640625e-07), 0.0, x)
+    return tl.where(x > tl.where(base == 0, float("inf"), tl.abs(base) * -4.76837158203125e-07), 0.0, x)
+
+
+@triton.jit
+def with_sums(l2, base, total):
+    """lse2 of rows that have a base: the log of their sum. Where none of them is found again, P = 0."""
+    return tl.where(base != 0, tl.where(total > 0, tl.log2(total), float("inf")), l2)
 
 
 @triton.jit

@@ -14,7 +14,7 @@ import triton.language as tl
 
 from .backward import load_rows, store_tile
 from .forward import any_nan, never
-from .gradients import from_base, row_statistics
+from .gradients import from_base, row_statistics, with_sums
 from .mask import key_tiles, row_interval, row_tiles
 from .scores import LOG2E
 from .sequences import clear_rows, is_outside, key_rows, load_tile, pages_at, place_of, query_rows
@@ -299,7 +299,7 @@ def modified_dq_kernel(
                 )
                 s = from_base(modified(s, b, h, ii, jj, lengths, tables, sizes, SCORE), of_base)
                 total += tl.sum(tl.where(seen, tl.exp2(s * LOG2E - l2[:, None]), 0.0), 1)
-            l2 = tl.where(of_row != 0, tl.log2(total), l2)
+            l2 = with_sums(l2, of_row, total)
         tl.store(base + stats + i, of_row, mask=known)
     tl.store(lse2 + stats + i, l2, mask=known)
     acc = tl.zeros((ROWS, COLS), tl.float32)
