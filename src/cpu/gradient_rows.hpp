@@ -54,8 +54,8 @@ class GradientRows {
   RowTerms terms_;
   char *queries_, *scratch_;
   uint8_t* row_special_;
-  float *dq_, *base_, *delta_, *largest_;
-  float** dbias_;  // of key dbias_origin_
+  float *dq_, *base_, *delta_, *largest_;  // as in BackwardTask
+  float** dbias_;                          // of key dbias_origin_
 };
 
 }  // namespace flash_attn::cpu

@@ -151,6 +151,7 @@ class _Heads(nn.Module):
 
     def _attend(self, qkv: Tensor, nheads: int, nheads_k: int, inference_params, cu_seqlens, max_seqlen, options: dict):
         """Self-attention of qkv (..., (nheads + 2 * nheads_k) * headdim): q's heads, then k's, then v's."""
+        # The function, here and below: torch.compile of PyTorch 2.11 cannot trace the method under a default device.
         qkv = torch.unflatten(qkv, -1, (nheads + 2 * nheads_k, self.head_dim))
         if self.rotary_emb_dim > 0:
             qkv = self._rotate(qkv, nheads, nheads_k, inference_params, cu_seqlens, max_seqlen)
@@ -413,7 +414,7 @@ class ParallelMHA(_Heads):
             kwargs = dict(cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, **kwargs)
         qkv = self.Wqkv(x)
         if seqlen is not None:
-            qkv = qkv.unflatten(0, (-1, seqlen))
+            qkv = torch.unflatten(qkv, 0, (-1, seqlen))
         context = self._attend(
             qkv, self.num_heads_per_rank, self.num_heads_kv_per_rank, inference_params, cu_seqlens, max_seqlen, kwargs
         ).flatten(-2)
