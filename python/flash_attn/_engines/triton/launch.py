@@ -21,8 +21,13 @@ DIRECT_VERSIONS = ("3.6",)
 _DIRECT = triton.__version__.rsplit(".", 1)[0] in DIRECT_VERSIONS
 
 
+def is_of_the_tile(error: Exception) -> bool:
+    """Whether a smaller tile may compile: this one was too large, or one of the compiler's passes failed on it."""
+    return isinstance(error, _TOO_LARGE) or (type(error) is RuntimeError and "PassManager::run failed" in str(error))
+
+
 class Again(Exception):
-    """A tile was too large, and a smaller one has taken its place: plan and launch once more."""
+    """A tile did not compile, and a smaller one has taken its place: plan and launch once more."""
 
 
 class Call:
@@ -82,8 +87,8 @@ class Kernel:
             compiled = self.jit(call.aligned)[(call.programs,)](
                 *arguments, num_warps=call.warps, num_stages=call.stages
             )
-        except _TOO_LARGE as error:
-            if call.choice is None or not configs.try_smaller(call.choice):
+        except (*_TOO_LARGE, RuntimeError) as error:
+            if not is_of_the_tile(error) or call.choice is None or not configs.try_smaller(call.choice):
                 raise
             raise Again from error
         if _DIRECT and hasattr(compiled, "packed_metadata"):

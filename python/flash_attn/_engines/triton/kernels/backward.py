@@ -171,7 +171,7 @@ def dkdv_kernel(
                     s, l2[None, :], of_base, i[None, :], j[:, None], position[None, :], h, b,
                     seqlen_q, count, factor, scale, softcap,
                     alibi, alibi_b, alibi_h, bias, bias_b, bias_h, bias_r, bias_c, bias_rows, bias_keys,
-                    PRECISION == "ieee",
+                    PRECISION != "tf32",
                 )  # fmt: skip
                 if MASK > 0 and EDGE == 1:
                     p = tl.where(is_near(j[:, None], position[None, :], left, right, chunk, MASK), p, 0.0)
@@ -230,7 +230,7 @@ def dkdv_kernel(
                         s, tl.load(lse2 + stats + m), of_base, i, j[:, None], i + count - seqlen_q, h, b,
                         seqlen_q, count, factor, scale, softcap,
                         alibi, alibi_b, alibi_h, bias, bias_b, bias_h, bias_r, bias_c, bias_rows, bias_keys,
-                        PRECISION == "ieee",
+                        PRECISION != "tf32",
                     )  # fmt: skip
                     visible = is_near(j[:, None], i + count - seqlen_q, left, right, chunk, MASK)
                     stays = None
@@ -333,20 +333,19 @@ def dq_kernel(
     if threshold is not None:
         k0, k1, last = seed_of(state, seed, offset)
 
-    of_base = None
     if base is not None:
-        of_base = of_row[:, None]
         if tl.max((of_row != 0).to(tl.int32), 0) > 0:
             total = tl.zeros((ROWS,), tl.float32)
             for n in range(start, end, KEYS):
                 keys = load_tile(k_at, n, k_first, count, None, None, None, k_b, k_r, k_c, headdim,
                                  KEYS, COLS, EVEN, True, 0, UNIT, WIDE)  # fmt: skip
                 j = n + tl.arange(0, KEYS)
+                s = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
                 p, t = probabilities(
-                    tl.dot(queries, tl.trans(keys), input_precision=PRECISION), l2[:, None], of_base, i[:, None],
-                    j[None, :], position[:, None], h, b, seqlen_q, count, factor, scale, softcap,
+                    s, l2[:, None], of_row[:, None], i[:, None], j[None, :], position[:, None], h, b,
+                    seqlen_q, count, factor, scale, softcap,
                     alibi, alibi_b, alibi_h, bias, bias_b, bias_h, bias_r, bias_c, bias_rows, bias_keys,
-                    PRECISION == "ieee",
+                    PRECISION != "tf32",
                 )  # fmt: skip
                 total += tl.sum(tl.where((j[None, :] >= lo[:, None]) & (j[None, :] < hi[:, None]), p, 0.0), 1)
             l2 = with_sums(l2, of_row, total)
@@ -365,10 +364,10 @@ def dq_kernel(
             dp = tl.dot(grads, tl.trans(values), input_precision=PRECISION)
             j = n + tl.arange(0, KEYS)
             p, t = probabilities(
-                s, l2[:, None], of_base, i[:, None], j[None, :], position[:, None], h, b,
+                s, l2[:, None], of_row[:, None], i[:, None], j[None, :], position[:, None], h, b,
                 seqlen_q, count, factor, scale, softcap,
                 alibi, alibi_b, alibi_h, bias, bias_b, bias_h, bias_r, bias_c, bias_rows, bias_keys,
-                PRECISION == "ieee",
+                PRECISION != "tf32",
             )  # fmt: skip
             if EDGE == 1:
                 p = tl.where((j[None, :] >= lo[:, None]) & (j[None, :] < hi[:, None]), p, 0.0)
@@ -401,10 +400,10 @@ def dq_kernel(
                     dp = products(do_at, q_first, i, valid, do_r, do_c, value, v_c, headdim_v, PIECE_V, UNIT)
                     j = n + tl.zeros((1, 1), tl.int32)
                     p, t = probabilities(
-                        s, l2[:, None], of_base, i[:, None], j, position[:, None], h, b,
+                        s, l2[:, None], of_row[:, None], i[:, None], j, position[:, None], h, b,
                         seqlen_q, count, factor, scale, softcap,
                         alibi, alibi_b, alibi_h, bias, bias_b, bias_h, bias_r, bias_c, bias_rows, bias_keys,
-                        PRECISION == "ieee",
+                        PRECISION != "tf32",
                     )  # fmt: skip
                     visible = (j >= lo[:, None]) & (j < hi[:, None])
                     stays = None

@@ -80,7 +80,7 @@ def dbias_kernel(
                         s, l2[:, None], of_base, i[:, None], j[None, :], position[:, None], h, b,
                         seqlen_q, count, factor, scale, softcap,
                         alibi, alibi_b, alibi_h, bias, bias_b, bias_h, bias_r, bias_c, bias_rows, bias_keys,
-                        PRECISION == "ieee",
+                        PRECISION != "tf32",
                     )  # fmt: skip
                     lo, hi = row_interval(position, count, left, right, chunk, MASK)
                     visible = (j[None, :] >= lo[:, None]) & (j[None, :] < hi[:, None])

@@ -223,7 +223,7 @@ def forward_kernel(
                 s, t = natural_scores(
                     s, i[:, None], j, position[:, None], h[:, None], b, seqlen_q, count, scale, softcap,
                     alibi, alibi_b, alibi_h, bias, bias_b, bias_h, bias_r, bias_c, bias_rows, bias_keys,
-                    PRECISION == "ieee",
+                    PRECISION != "tf32",
                 )  # fmt: skip
             if EDGE == 1:
                 s = tl.where((j >= lo[:, None]) & (j < hi[:, None]), s, float("-inf"))
@@ -269,7 +269,7 @@ def forward_kernel(
                     s, t = natural_scores(
                         s, i[:, None], j, position[:, None], h[:, None], b, seqlen_q, count, scale, softcap,
                         alibi, alibi_b, alibi_h, bias, bias_b, bias_h, bias_r, bias_c, bias_rows, bias_keys,
-                        PRECISION == "ieee",
+                        PRECISION != "tf32",
                     )  # fmt: skip
                 p = tl.exp2(tl.fma(s, times[:, None], -(m * times)[:, None]))
                 if threshold is not None:

@@ -52,7 +52,7 @@ def probabilities(
 ):  # fmt: skip
     """dots = q.k of a tile of rows and keys, or of its transpose -> P, not masked, and tanh where there is a softcap.
 
-    l2, base, i, position broadcast along keys, j along rows; base: None where no row has one.
+    l2, base, i, position broadcast along keys, j along rows; base counts where there is a bias.
     """
     raw = dots
     t = dots
@@ -61,7 +61,7 @@ def probabilities(
             dots, i, j, position, h, b, seqlen_q, seqlen_k, scale, softcap, alibi, alibi_b, alibi_h,
             bias, bias_b, bias_h, bias_r, bias_c, bias_rows, bias_keys, EXACT,
         )  # fmt: skip
-    if base is not None:
+    if bias is not None:
         raw = from_base(raw, base)
     return tl.exp2(tl.fma(raw, factor, -l2)), t
 

@@ -194,7 +194,7 @@ def gradient_of_scores(
 ):  # fmt: skip
     """Scores q.k * scale, dout . v, and of each row what gradients.py says -> P and dU, 0 where a row sees no key."""
     t = modified(s, b, h, ii, jj, lengths, tables, sizes, SCORE)
-    if base is not None:
+    if SCORE is not None:
         t = from_base(t, base)
     p = tl.where(seen, tl.exp2(t * LOG2E - l2), 0.0)
     ds = p * (dp - d)
@@ -282,9 +282,7 @@ def modified_dq_kernel(
         list_at = listed + line * listed_r
     if m0 >= seqlen_q:
         many = 0
-    of_base = None
     if base is not None:
-        of_base = of_row[:, None]
         if tl.max((of_row != 0).to(tl.int32), 0) > 0:
             total = tl.zeros((ROWS,), tl.float32)
             for index in range(many):
@@ -297,7 +295,7 @@ def modified_dq_kernel(
                 seen = is_visible(
                     b, h, i[:, None], j, ii, jj, lo[:, None], hi[:, None], is_whole, lengths, tables, sizes, MASK
                 )
-                s = from_base(modified(s, b, h, ii, jj, lengths, tables, sizes, SCORE), of_base)
+                s = from_base(modified(s, b, h, ii, jj, lengths, tables, sizes, SCORE), of_row[:, None])
                 total += tl.sum(tl.where(seen, tl.exp2(s * LOG2E - l2[:, None]), 0.0), 1)
             l2 = with_sums(l2, of_row, total)
         tl.store(base + stats + i, of_row, mask=known)
@@ -315,7 +313,7 @@ def modified_dq_kernel(
         jj = position(j, count)
         seen = is_visible(b, h, i[:, None], j, ii, jj, lo[:, None], hi[:, None], is_whole, lengths, tables, sizes, MASK)
         p, du = gradient_of_scores(
-            s, dp, l2[:, None], of_base, d[:, None], seen, b, h, ii, jj, lengths, tables, sizes, SCORE, PULL
+            s, dp, l2[:, None], of_row[:, None], d[:, None], seen, b, h, ii, jj, lengths, tables, sizes, SCORE, PULL
         )
         acc = tl.dot(du.to(keys.dtype), keys, acc, input_precision=PRECISION)
 
@@ -339,7 +337,7 @@ def modified_dq_kernel(
                 b, h, i[:, None], j, ii, jj, lo[:, None], hi[:, None], is_whole, lengths, tables, sizes, MASK
             )
             p, du = gradient_of_scores(
-                s, dp, l2[:, None], of_base, d[:, None], seen, b, h, ii, jj, lengths, tables, sizes, SCORE, PULL
+                s, dp, l2[:, None], of_row[:, None], d[:, None], seen, b, h, ii, jj, lengths, tables, sizes, SCORE, PULL
             )
             acc += tl.where(seen, du * keys, 0.0)
     to = dq + (q_batch.to(tl.int64) * dq_b + h.to(tl.int64) * dq_h) * UNIT
