@@ -99,3 +99,25 @@ def test_a_first_launch_is_recorded_once():
         kernel(call, 0, 0, ())
         kernel(call, 0, 0, ())
     assert list(launches.values()) == [(kernel, (call, 0, 0, ()))] and len(runs) == 2
+
+
+def test_a_compiler_that_fails_is_asked_for_a_smaller_tile():
+    """Whatever pass of it failed; other errors are the caller's."""
+
+    def fails(words):
+        kernel, call = object.__new__(launch.Kernel), launch.Call(1, (), (), "key", False, (4, 1), choice("dkdv", 512))
+        kernel._compiled, kernel.jit = {}, lambda aligned: {(1,): lambda *a, **kw: raise_(RuntimeError(words))}
+        return lambda: kernel(call, 0, 0, ())
+
+    def raise_(error):
+        raise error
+
+    before = configs.tile_for(*choice("dkdv", 512))
+    try:
+        with pytest.raises(launch.Again):
+            fails("PassManager::run failed")()
+        assert configs.tile_for(*choice("dkdv", 512)) != before
+        with pytest.raises(RuntimeError, match="no driver"):
+            fails("no driver")()
+    finally:
+        configs._failures.clear()
