@@ -333,6 +333,7 @@ def dq_kernel(
     if threshold is not None:
         k0, k1, last = seed_of(state, seed, offset)
 
+    # of_row becomes a column at each use: Triton 3.6 fails on one that was made before the loop.
     if base is not None:
         if tl.max((of_row != 0).to(tl.int32), 0) > 0:
             total = tl.zeros((ROWS,), tl.float32)
